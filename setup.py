@@ -23,8 +23,11 @@ PACKAGES = [
     "inferix.kernels.adaln",
     "inferix.kernels.attention_parts",
     "inferix.kernels.block_attention",
+    "inferix.kernels.conv_epilogue",
     "inferix.kernels.denoise_step",
+    "inferix.kernels.dense_attention",
     "inferix.kernels.frame_noise",
+    "inferix.kernels.join_phases",
     "inferix.kernels.kv_pages",
     "inferix.kernels.linear_lowp",
     "inferix.kernels.merge_parts",
@@ -109,6 +112,7 @@ EXTRAS = {
         "onnxruntime>=1.32,<2",
         "openvino>=2026.4,<2027",
         "zstandard>=0.22",
+        "cuda-bindings>=13.0.3,<14; platform_system == 'Linux'",
     ],
     "bench": ["matplotlib"],
     "onnx": ["onnx>=1.23,<2", "onnxscript>=0.7,<1", "onnxruntime>=1.32,<2"],
@@ -126,7 +130,10 @@ EXTRAS = {
     ],
     "ray": ["ray[serve]>=2.50,<3"],
     "webrtc": ["aiortc>=1.13,<2"],
-    "gpu": ["triton>=3.6,<3.10; platform_system == 'Linux'"],
+    "gpu": [
+        "triton>=3.6,<3.10; platform_system == 'Linux'",
+        "cuda-bindings>=13.0.3,<14; platform_system == 'Linux'",  # of torch's builds for CUDA 13 a dependency, too
+    ],
 }
 
 CLASSIFIERS = [

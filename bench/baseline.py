@@ -2,18 +2,19 @@
 
 Each layer has one contiguous cache of the window's size and rolls it by copying. Every pass computes text, time and
 patch embedding; cross-attention keys are computed once per prompt; attention is torch's. The loop leaves out what only
-slows the public code down: reads of device values by the host, and rotation in float64. Optionally each layer runs
-through `torch.compile`. The block loop is written here a second time to check the block schedule that the engine and
-the planners share.
+slows the public code down: reads of device values by the host, and rotation in float64. Optionally each layer, or all
+layers of a pass together, run through `torch.compile`. The block loop is written here a second time to check the block
+schedule that the engine and the planners share.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ from .machine import synchronize
 from .work import blocks_until_full
 
 LayerForward = Callable[..., Tensor]
+LayersForward = Callable[..., Tensor]  # of all layers of a pass
 
 
 def unsupported_reason(preset: Preset) -> str | None:
@@ -90,6 +92,19 @@ def run_layer(block: nn.Module, x: Tensor, modulation: Tensor, text: TextContext
     return out
 
 
+def run_layers(
+    run: LayerForward,
+    layers: Sequence[nn.Module],
+    x: Tensor,
+    modulation: Tensor,
+    texts: Sequence[TextContext],
+    caches: Sequence[LayerCache],
+) -> Tensor:
+    for layer, text, layer_cache in zip(layers, texts, caches, strict=True):
+        x = run(layer, x, modulation, text, layer_cache)
+    return x
+
+
 @dataclass(frozen=True)
 class BlockOutput:
     """A finished block: latents [F, C, H, W] and frames uint8 [T, H, W, 3], None if not decoded.
@@ -104,9 +119,21 @@ class BlockOutput:
 
 
 class PlainLoop:
-    """Stream of one prompt over an engine's weights; `step` computes its next block."""
+    """Stream of one prompt over an engine's weights; `step` computes its next block.
 
-    def __init__(self, engine: Engine, rows: Tensor, seed: int, size: tuple[int, int], compiled: LayerForward) -> None:
+    compiled: runs a layer at the full window. all_layers: in its place, runs all layers of a pass there, with caches
+    and text that stay where they are.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        rows: Tensor,
+        seed: int,
+        size: tuple[int, int],
+        compiled: LayerForward,
+        all_layers: LayersForward | None = None,
+    ) -> None:
         self.engine, self.size, self.rows = engine, size, rows
         transformer = engine.parts.transformer
         if not isinstance(transformer, WanTransformer):
@@ -129,10 +156,14 @@ class PlainLoop:
         # A layer's number is the same in every copy, so that all layers share what is compiled for one.
         self.layers = [shallow_copy(block) for block in self.transformer.blocks]
         self.caches = [self.new_cache() for _ in self.layers]
-        self.compiled = compiled
+        self.compiled, self.all_layers = compiled, all_layers
         with torch.no_grad():
             context = self.transformer.embed_text(rows[None])
         self.text = [TextContext((pair,), None) for pair in context.text]
+        if all_layers is not None:
+            kept = [tensor for cache in self.caches for tensor in (cache.keys, cache.values)]
+            for tensor in (*kept, *(part for pair in context.text for part in pair)):
+                torch._dynamo.mark_static_address(tensor)
 
     def new_cache(self) -> LayerCache:
         spec, like = self.spec, self.rows
@@ -195,13 +226,15 @@ class PlainLoop:
         x = model.embed_latents(latents[None])
         timesteps = torch.tensor([run.timesteps], dtype=torch.float32, device=self.engine.device)
         e, modulation = model.time_embedding(timesteps, self.rest(len(run.frames)))
-        # The compiled layer serves only the full window: each other size would be compiled again.
-        layer_forward = self.compiled if len(group.context) == self.full else run_layer
-        for layer, text, layer_cache in zip(self.layers, self.text, self.caches, strict=True):
+        for layer_cache in self.caches:
             layer_cache.angles = self.angles
             layer_cache.start = group.context.index(run.frames[0]) * self.tokens
             layer_cache.used = len(group.context) * self.tokens
-            x = layer_forward(layer, x, modulation, text, layer_cache)
+        # What is compiled serves only the full window: each other size would be compiled again.
+        is_full = len(group.context) == self.full
+        forward = self.all_layers if is_full and self.all_layers is not None else run_layers
+        layer_forward = self.compiled if is_full else run_layer
+        x = forward(layer_forward, self.layers, x, modulation, self.text, self.caches)
         velocity: Tensor = model.unpatchify(model.head(x, e, latents.dtype), *latents.shape[-2:])
         return velocity[0]
 
@@ -251,3 +284,15 @@ def shallow_copy(block: nn.Module) -> nn.Module:
 def compiled_layer() -> LayerForward:
     """`run_layer` through `torch.compile`, for one shape."""
     return torch.compile(run_layer, dynamic=False)
+
+
+@cache
+def compiled_layers() -> LayersForward:
+    """`run_layers` through `torch.compile(mode="reduce-overhead")`, for one shape: on a GPU one CUDA graph a pass."""
+    compiled = torch.compile(run_layers, dynamic=False, mode="reduce-overhead")
+
+    def run(*arguments: Any) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(*arguments).clone()  # the next replay overwrites it
+
+    return run

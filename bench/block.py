@@ -146,9 +146,7 @@ class Bench:
                 "about": candidate.about, "difference": difference, "allowed": self.checker.allowed(candidate),
                 "refused": refused, "fewer_bits": candidate.fewer_bits,
             }  # fmt: skip
-            verdict = f"refused, {refused}" if refused else "outputs are not compared"
-            if difference is not None and not refused:
-                verdict = f"outputs match (difference {difference:.1e})"
+            verdict = f"refused, {refused}" if refused else f"outputs match (difference {difference:.1e})"
             self.log(f"{candidate.name}: {verdict}")
 
     @property

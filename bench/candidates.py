@@ -22,7 +22,14 @@ from ..runtime.engine import Engine
 from ..runtime.executor_specs import EXECUTORS, executor_spec
 from ..runtime.inputs import Pixels
 from ..runtime.sessions.output_queue import Block
-from .baseline import BlockOutput, PlainLoop, compiled_layer, run_layer, unsupported_reason
+from .baseline import (
+    BlockOutput,
+    PlainLoop,
+    compiled_layer,
+    compiled_layers,
+    run_layer,
+    unsupported_reason,
+)
 from .diffusers_loop import DiffusersLoop
 from .diffusers_loop import unsupported_reason as no_diffusers_loop
 from .kernels import launch_errors
@@ -51,7 +58,8 @@ class Candidate:
 
     about: one line for the report. open: begins a stream. owners: bytes of a stream by owner. drop: frees the memory
     that is shared between streams. fewer_bits: True if layers or pages have another precision than the oracle's.
-    fallbacks: reasons why graphs could not be captured. compared: False for one that computes another function.
+    fallbacks: reasons why graphs could not be captured. compared: blocks that are compared, the first of a stream; None
+    for all.
     """
 
     name: str
@@ -61,7 +69,7 @@ class Candidate:
     drop: Callable[[], None] = lambda: None
     fewer_bits: bool = False
     fallbacks: Callable[[], list[str]] = list
-    compared: bool = True
+    compared: int | None = None
 
 
 class EngineStream:
@@ -97,8 +105,10 @@ BASELINE_NOTES = {
     "plain": "a loop in the structure of the public reference: contiguous cache rolled by copying, embeddings in every "
     "pass, torch's attention",
     "compiled": "the plain loop with every layer through torch.compile",
+    "reduce-overhead": "the plain loop with all layers of a pass through torch.compile(mode='reduce-overhead'), so in "
+    "one CUDA graph on a GPU",
     "diffusers": "diffusers' transformer over the whole window in every step, without a cache; its outputs are another "
-    "function of the weights, so only its time is taken",
+    "function of the weights after the first block, which alone is compared",
 }
 
 
@@ -148,12 +158,13 @@ def baseline_candidate(engine: Engine, name: str, rows: Tensor, subject: Subject
         if name == "diffusers":
             return DiffusersLoop(engine, rows, subject.seed, subject.size or engine.default_size)
         layer = compiled_layer() if name == "compiled" else run_layer
-        return PlainLoop(engine, rows, subject.seed, subject.size or engine.default_size, layer)
+        layers = compiled_layers() if name == "reduce-overhead" else None
+        return PlainLoop(engine, rows, subject.seed, subject.size or engine.default_size, layer, layers)
 
     def owners(stream: PlainLoop) -> dict[str, int]:
         return {"cache": stream.cache_bytes, "decoder state": stream.decoder.nbytes}
 
-    return Candidate(name, BASELINE_NOTES[name], begin, owners, compared=name != "diffusers")
+    return Candidate(name, BASELINE_NOTES[name], begin, owners, compared=1 if name == "diffusers" else None)
 
 
 def choose(
@@ -165,12 +176,13 @@ def choose(
 ) -> list[Candidate]:
     """Candidates named in `executors` and `baselines`; an empty tuple selects all.
 
-    `compiled` takes minutes on a CPU, and `diffusers` on a GPU with a large model, so they must be named there;
-    otherwise the reason goes into `left_out`. Raises UsageError for an unknown name and for a candidate that cannot
-    run.
+    Those of torch.compile take minutes on a CPU, and `diffusers` on a GPU with a large model, so they must be named
+    there; otherwise the reason goes into `left_out`. Raises UsageError for an unknown name and for a candidate that
+    cannot run.
     """
-    if torch.device(device).type == "cpu" and "compiled" not in (*left_out, *baselines):
-        left_out["compiled"] = "torch.compile takes long on a CPU; name it in baselines to run it"
+    for name in ("compiled", "reduce-overhead") if torch.device(device).type == "cpu" else ():
+        if name not in (*left_out, *baselines):
+            left_out[name] = "torch.compile takes long on a CPU; name it in baselines to run it"
     if torch.device(device).type != "cpu" and "diffusers" not in (*left_out, *baselines):
         left_out["diffusers"] = "a whole window in every step takes long; name it in baselines to run it"
     names = [candidate.name for candidate in offered if candidate.name not in left_out]
@@ -227,9 +239,7 @@ class OutputChecker:
 
         outputs: at most as many blocks as the reference has.
         """
-        if not candidate.compared:
-            return None
-        allowed = self.allowed(candidate)
+        allowed, outputs = self.allowed(candidate), outputs[: candidate.compared]
         for index, (got, want) in enumerate(zip(outputs, self.reference[: len(outputs)], strict=True)):
             if got.latents.shape != want.latents.shape:
                 return f"latents of block {index} are {list(got.latents.shape)}, expected {list(want.latents.shape)}"
@@ -259,8 +269,7 @@ class OutputChecker:
             outputs = outputs_of(candidate.open(), self.decoded[:blocks])
         except candidate_errors() as error:
             return None, failure_reason(error)
-        difference = self.largest_difference(outputs) if candidate.compared else None
-        return difference, self.refusal(candidate, outputs)
+        return self.largest_difference(outputs[: candidate.compared]), self.refusal(candidate, outputs)
 
 
 def make_checker(engine: Engine, rows: Tensor, subject: Subject, decoded: Sequence[bool]) -> OutputChecker:

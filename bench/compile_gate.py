@@ -368,6 +368,7 @@ def print_compiled(
 def write_table(
     ops: Annotated[list[str] | None, typer.Argument(help="Ops whose rows to write; all without any.")] = None,
     runs: Annotated[int, typer.Option(help="Compiles to compare, each with an empty cache.", min=2)] = RUNS,
+    only: Annotated[list[str] | None, typer.Option("--row", help="Rows to write; others stay as they are.")] = None,
 ) -> None:
     """Compile several times and write the rows into the table of the installed Triton version.
 
@@ -377,13 +378,13 @@ def write_table(
     for run in range(runs):
         print(f"compile {run + 1} of {runs}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as cache:
-            compiled.append(compile_all(ops or (), Path(cache)))
+            compiled.append(compile_all(ops or (), Path(cache), only))
     rows = reproducible_rows(compiled)
     if wrong := problems(rows):
         raise InferixError("; ".join(wrong))
     file = table_file(triton_version())
-    kept = read_table(triton_version()) if ops and file.is_file() else {}
-    kept = {name: row for name, row in kept.items() if op_of(name) not in (ops or ())}
+    kept = read_table(triton_version()) if (ops or only) and file.is_file() else {}
+    kept = {name: row for name, row in kept.items() if only or op_of(name) not in (ops or ())}
     text = json.dumps(kept | rows, indent=1, sort_keys=True) + "\n"
     file.parent.mkdir(exist_ok=True)
     print(write_atomically(file, lambda part: part.write_text(text, "utf-8")))

@@ -1,8 +1,8 @@
 """Loop over diffusers' Wan transformer with the engine's weights, without a cache: a baseline of the executors.
 
 Each denoising step runs the whole window, the clean frames and the noisy block, through the network, as code on top of
-diffusers does that has no causal model. Frames see later frames, so its outputs are another function of the weights and
-are not compared with the engine's; only its time means something.
+diffusers does that has no causal model. Frames see later frames, so its outputs are another function of the weights.
+They equal the engine's in the first block only, which is compared; after that only its time means something.
 """
 
 from __future__ import annotations

@@ -34,9 +34,9 @@ from ..graphs.cost import PACKED, call_cost, counts_of, family, pages_read, spec
 from ..graphs.launch import LaunchPlan
 from ..graphs.lowered import Planned, lower_block
 from ..graphs.lowering import HOST_READS, ROOM, storage, tensors
+from ..graphs.observed import memory_of, observed_call
 from ..graphs.passes import Group
-from ..graphs.program import Call, Form, Ref
-from ..graphs.shards import Axis, Shard
+from ..graphs.shards import Axis, Shard, Stage
 from ..graphs.types import BlockGraph, Role
 from ..kernels.collectives import RankGroup, add_group, group_of
 from ..kernels.spec import ARCHITECTURES, FP8, KernelSpec, OpSpec, has_triton
@@ -45,10 +45,12 @@ from ..models.decoder import Decoder
 from ..schemes.layouts import RankGrid
 from . import compile_gate
 from .machine import commit
-from .time_model import Rates, tiles_of
+from .time_model import Rates, attention_tiles, tiles_of
 
 aten = torch.ops.aten
 ATTENTION = aten._scaled_dot_product_efficient_attention.default
+CUDNN = aten._scaled_dot_product_cudnn_attention.default
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by dims
 EXCHANGE = "exchange"  # the family of collectives
 # Of A100, L40S, H100 and H200, B200, RTX PRO 6000.
 MULTIPROCESSORS = {80: 108, 89: 142, 90: 132, 100: 148, 120: 188}
@@ -103,6 +105,7 @@ class FakeCard(FakeTensorMode):
     """Fake tensors on a GPU, also where torch was built without CUDA.
 
     A copy, and a call that writes into tensors it is given, return these: torch's fake forms of both ask the driver.
+    A convolution gives the layout that cuDNN would, which torch's fake form asks of the build.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -116,7 +119,13 @@ class FakeCard(FakeTensorMode):
             given = dict(zip(writes_of(func), args, strict=False)) | dict(kwargs or {})
             places = tuple(given[name] for name in written)
             return places[0] if len(places) == 1 else places
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func is aten.convolution.default and isinstance(result, Tensor):
+            layout = CHANNELS_LAST.get(result.ndim, torch.contiguous_format)
+            if any(tensor.is_contiguous(memory_format=layout) for tensor in args[:2]):
+                with self:
+                    return torch.empty_like(result, memory_format=layout)
+        return result
 
 
 @cache
@@ -240,14 +249,14 @@ class Recorder(TorchDispatchMode):
         if form is spec.reference and any(arg.listed_by for arg in spec.args.values()):
             self.run_reference(spec, args)  # the cost of a call of torch's would be that of all pages
         else:
-            with self:
+            with self, WithoutDriver():  # the mode around the call is off within it
                 form(*args)
         self.spec = None
 
     def run_reference(self, spec: OpSpec, args: Sequence[Any]) -> None:
         """Run an op on pages that has no kernel of its own: one launch of the op's cost, and all that it allocates."""
         memory = Allocations()
-        with memory, WithoutDriver():  # the mode around the call is off within it
+        with memory, WithoutDriver():
             spec.reference(*args)
         cost = spec.cost(self.given, self.listed, memory=memory_of)  # type: ignore[arg-type]
         self.note(f"inferix::{spec.name}", spec.family, cost.flops, cost.nbytes, memory.nbytes)
@@ -262,7 +271,7 @@ class Recorder(TorchDispatchMode):
     def launch(self, op: OpOverload, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Run an ATen call on fake tensors and note it."""
         given = list(tensors([*args, *kwargs.values()]))
-        draws = torch.Tag.nondeterministic_seeded in op.tags and op is not ATTENTION  # whose dropout is 0
+        draws = torch.Tag.nondeterministic_seeded in op.tags and op not in (ATTENTION, CUDNN)  # whose dropout is 0
         if draws:
             self.refuse(op, "draws random numbers of a generator")
         try:
@@ -289,13 +298,13 @@ class Recorder(TorchDispatchMode):
     def note_aten(
         self, op: OpOverload, args: Any, kwargs: Mapping[str, Any], results: Sequence[Tensor], fresh: int
     ) -> None:
-        outs = () if op._schema.is_mutable else tuple(map(reference, results))
-        named = tuple((name, referred(value)) for name, value in kwargs.items())
-        call = Call(op, referred(tuple(args)), named, outs, Form.OUT, self.node)
+        call = observed_call(op, args, kwargs, results, self.node)
         kind, cost = family(call), call_cost(call)
         rate, tiles = "", 0
         if kind == PACKED:
             rate, tiles = "fp8_matmul", tiles_of(call.writes[0].size)
+        elif op is CUDNN:
+            rate, tiles = "cudnn", attention_tiles(call.named["query"].size)
         elif kind == "attention":
             rate = "sdpa"
         elif kind == "matmul" and "convolution" in op.name():
@@ -304,14 +313,16 @@ class Recorder(TorchDispatchMode):
             rate, tiles = "matmul", tiles_of(call.writes[0].size)
         self.note(op.name(), kind, cost.flops, cost.nbytes, fresh, rate, tiles)
 
-    def note_kernel(self, name: str, grid: Sequence[int]) -> None:
-        """Note a Triton kernel of the op whose form runs, with the op's cost."""
+    def note_kernel(self, name: str, grid: Sequence[int], packs_queries: bool) -> None:
+        """Note a Triton kernel of the op whose form runs, with the op's cost. packs_queries: it multiplies them in FP8.
+        """
         spec = self.spec
         assert spec is not None, f"{name} was launched outside of an op"
         cost = spec.cost(self.given, self.listed, memory=memory_of)  # type: ignore[arg-type]
         rate, like = "", self.given[spec.like].dtype
         if spec.family == "attention":
-            rate = "fp8_attention" if self.given["kv"].dtype == FP8 else "attention"
+            over_fp8 = "fp8_qk" if packs_queries else "fp8_attention"
+            rate = over_fp8 if self.given["kv"].dtype == FP8 else "attention"
         elif spec.family == PACKED:
             rate = "fp8_matmul" if like == FP8 else "int8_matmul"
         tiles = math.prod(grid) if rate else 0
@@ -333,22 +344,6 @@ class Recorder(TorchDispatchMode):
         return f"{op.name()} ({self.node or self.part})"
 
 
-def reference(tensor: Tensor) -> Ref:
-    """A fake tensor as programs refer to one."""
-    return Ref(memory_of(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride())
-
-
-def memory_of(tensor: Tensor) -> str:
-    """A name of the memory that a tensor begins at; buffers of one arena have different ones."""
-    return f"{storage(tensor)} {int(tensor.storage_offset()) * tensor.itemsize}"
-
-
-def referred(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return reference(value)
-    return tuple(map(referred, value)) if isinstance(value, list | tuple) else value
-
-
 @contextmanager
 def card(run: DryRun, recorder: Callable[[], Recorder], compiled: bool) -> Iterator[None]:
     """Within the block, torch and Triton see a card of the architecture, and Triton's launches are noted.
@@ -362,7 +357,7 @@ def card(run: DryRun, recorder: Callable[[], Recorder], compiled: bool) -> Itera
     before = {name: getattr(torch.cuda, name) for name in replaced}
 
     def launch(start: Callable[..., Any], kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        recorder().note_kernel(kernel.__name__, grid)
+        recorder().note_kernel(kernel.__name__, grid, bool(kwargs.get("LOW")))
         if not compiled:
             return None
         args = tuple(map(address, args))
@@ -432,9 +427,17 @@ def dry_run(block: BlockGraph, architecture: int, compiled: bool = True) -> DryR
 
 
 def run_decoder(
-    architecture: int, make: Callable[[], Decoder], latents: tuple[int, ...], dtype: torch.dtype, compiled: bool = True
+    architecture: int,
+    make: Callable[[], Decoder],
+    latents: tuple[int, ...],
+    dtype: torch.dtype,
+    compiled: bool = True,
+    faster: Callable[[Decoder], Decoder] = lambda decoder: decoder,
 ) -> DryRun:
-    """Run the second block of a stream, latents [F, C, h, w], through a decoder on fake tensors: part `decoder`."""
+    """Run the second block of a stream, latents [F, C, h, w], through a decoder on fake tensors: part `decoder`.
+
+    faster: gives the decoder the layers of its device.
+    """
     check_architecture(architecture)
     run = DryRun(architecture)
     recorder = Recorder(run, "decoder")
@@ -446,6 +449,7 @@ def run_decoder(
                 decoder = make().eval()
         finally:
             torch.set_default_dtype(before)
+        decoder = faster(decoder)
         state = decoder.new_state()
         block = torch.empty(latents, dtype=dtype, device="cuda")
         decoder.decode(block, state)
@@ -471,7 +475,8 @@ def fake_shard(grid: RankGrid, shard_weights: bool = False) -> Shard:
         return add_group(RankGroup(FakeProcessGroup._create_internal(0, size), 0, size)) if size > 1 else 0
 
     heads, tokens, tiles = (Axis(size, 0, group(size)) for size in (grid.heads, grid.tokens, grid.tiles))
-    return Shard(heads, tokens, tiles.group, Axis(grid.branches), tiles if shard_weights else Axis())
+    stage = Stage(grid.layers, 0, 0, group(2), group(grid.layers)) if grid.layers > 1 else Stage()
+    return Shard(heads, tokens, tiles.group, Axis(grid.branches), tiles if shard_weights else Axis(), stage=stage)
 
 
 def check_architecture(architecture: int) -> None:

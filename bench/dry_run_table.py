@@ -17,6 +17,7 @@ import typer
 from ..errors import UsageError, nearest, one_line_errors, quoted
 from ..graphs.rewrites import chosen, rewritten
 from ..graphs.rewrites.lowp import PrecisionMap
+from ..kernels.spec import using
 from ..models.registry import MODELS, family_of, make_preset
 from ..runtime.capacity.rank_planner import divided
 from ..runtime.config import EVERY_BLOCK
@@ -34,7 +35,8 @@ class Configuration(NamedTuple):
     """A block to run; fp8: linear layers and pages. decoders: names of the decoders to run beside it.
 
     ranks: GPUs that share each pass, of which the first is shown. shard_weights: they divide the weights. sessions: in
-    one launch.
+    one launch. dense: attention over the full window's run of pages through cuDNN. fuse_commit: the commit of the block
+    before in the first pass. kernels: forms by op.
     """
 
     model: str
@@ -44,11 +46,19 @@ class Configuration(NamedTuple):
     ranks: int = 1
     shard_weights: bool = False
     sessions: int = 1
+    dense: bool = False
+    fuse_commit: bool = False
+    kernels: tuple[tuple[str, str], ...] = ()
 
 
 CONFIGURATIONS = {
     "self-forcing": Configuration("wan-1.3b", "self-forcing", decoders=("vae", "taehv")),
     "self-forcing-fp8": Configuration("wan-1.3b", "self-forcing", fp8=True),
+    "self-forcing-fp8-qk": Configuration(
+        "wan-1.3b", "self-forcing", fp8=True, kernels=(("block_attention", "fp8_qk"),)
+    ),
+    "self-forcing-dense": Configuration("wan-1.3b", "self-forcing", dense=True),
+    "self-forcing-fuse-commit": Configuration("wan-1.3b", "self-forcing", fuse_commit=True),
     "framewise": Configuration("wan-1.3b", "self-forcing-framewise"),
     "longlive": Configuration("wan-1.3b", "longlive"),
     **{f"longlive-{count}": Configuration("wan-1.3b", "longlive", sessions=count) for count in (2, 4, 8)},
@@ -64,22 +74,26 @@ SHARED = {
 
 def run(configuration: Configuration, architecture: int, compiled: bool) -> dict[str, Any]:
     """Facts of a configuration's dry run; those of its decoders under `decoders`."""
-    model, preset, fp8, decoders, ranks, shard_weights, sessions = configuration
+    model, preset, fp8, decoders, ranks, shard_weights, sessions, dense, fuse_commit, kernels = configuration
     spec, scheme = MODELS[model], make_preset(preset)
     grid = choose_layout(divided(spec, spec.default_size, ALONE), ranks) if ranks > 1 else RankGrid()
     builder = BlockGraphBuilder(
         spec, scheme, dtype=torch.bfloat16, kv_dtype=KV_DTYPES["fp8"] if fp8 else None,
         shard=fake_shard(grid, shard_weights), sessions=sessions, texts=1 if sessions > 1 else None,
+        fuse_commit=fuse_commit,
     )  # fmt: skip
+    run = (0, builder.max_pages) if dense else None
     builder.max_pages = padded_width(builder.max_pages)
-    names = chosen(["lowp"] if fp8 else [])
-    block = rewritten(builder.build(), names, PrecisionMap("fp8", EVERY_BLOCK), MULTIPROCESSORS[architecture])
+    names = chosen(["lowp"] if fp8 else [], ["split-keys"] if "block_attention" in dict(kernels) else [])
+    block = rewritten(builder.build(), names, PrecisionMap("fp8", EVERY_BLOCK), MULTIPROCESSORS[architecture], run)
     rates, family = RATES.get(architecture), family_of(spec)
-    result = facts(dry_run(block, architecture, compiled), rates, block)
+    with using(**dict(kernels)):
+        result = facts(dry_run(block, architecture, compiled), rates, block)
     latents, parts = (scheme.num_frame_per_block, *builder.latent), {}
     for name in decoders:
         sizes = family.chosen_decoder_spec(spec, name == "taehv")
-        decoded = run_decoder(architecture, partial(family.build_decoder, sizes), latents, builder.dtype)
+        make = partial(family.build_decoder, sizes)
+        decoded = run_decoder(architecture, make, latents, builder.dtype, compiled, family.with_fast_layers)
         parts[name] = facts(decoded, rates, block)["parts"]["decoder"]
     result |= {"decoders": parts, "sessions": sessions}
     return result | ({"ranks": ranks, "layout": grid.layout} if ranks > 1 else {})

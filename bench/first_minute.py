@@ -4,7 +4,8 @@ unproved: forms that no card has run yet, each in a process of its own. card: co
 block attention over a full window in one run and in many, every other form that serves, beside torch's over the store
 as it lies. matmul, fp8: the linear layers. fused: norms and rotary embedding.
 graph: trace, capture, and captured against fused and eager. block: time of a block, of its kernels, and between them.
-vae, taehv: decoding a block. An error in a line is written down with the line, and the next one runs.
+vae, taehv: decoding a block. captured: nodes of the block's graph against the calls of its program. An error in a line
+is written down with the line, and the next one runs.
 
 On a CPU and a small model it runs end to end, which shows that it works and nothing else.
 
@@ -37,16 +38,18 @@ from ..models.decoder import Decoder, StreamState
 from ..models.registry import family_of
 from ..runtime.config import default_device
 from ..runtime.engine import Engine
+from ..runtime.execution.executors import Executor, GraphExecutor
 from ..runtime.executor_specs import EXECUTORS
 from ..runtime.files import check_output, write_atomically
 from ..schemes.page_needs import window
-from .candidates import EngineStream, outputs_of, relative_difference
+from .candidates import TOLERANCE, EngineStream, outputs_of, relative_difference
+from .captured_check import check_executor, faults_of
 from .form_check import check_apart, unproved_forms
 from .inspection import count_launches
-from .kernels import clone_inputs, mismatch
+from .kernels import clone_inputs, launch_errors, mismatch
 from .machine import environment, measure_ceilings, stopwatch, synchronize
 from .result import CHECK
-from .rivals import bound
+from .rivals import bound, flash_packages
 from .subject import ORACLE, Subject, draw_weights, open_engine, random_prompt, with_executor
 from .work import blocks_until_full
 
@@ -56,11 +59,15 @@ FUSED = ("adaln", "qk_norm_rope_append", "rms_norm")
 
 @dataclass
 class Run:
-    """State shared by the lines: the subject, one engine, and its prompt. known: values of the lines before."""
+    """State shared by the lines: the subject, one engine, and its prompt.
+
+    known: values of the lines before. executor: of the timed block, whose graphs are captured.
+    """
 
     subject: Subject
     device: str
     known: dict[str, Any] = field(default_factory=dict)
+    executor: Executor | None = None
 
     @property
     def on_gpu(self) -> bool:
@@ -99,6 +106,12 @@ class Run:
                 samples.append(elapsed())
         return statistics.median(samples) * 1e3
 
+    def timed(self, call: Callable[[], object], result: Callable[[], Tensor], expected: Tensor) -> float | str:
+        """Median time of a call whose result is the expected one, else how far it is off."""
+        call()
+        off, most = relative_difference(result(), expected), TOLERANCE[self.engine.dtype]
+        return self.milliseconds(call) if off <= most else f"off by {off:.1e}, allowed {most:.1e}"
+
     def stream(self, executor: str) -> EngineStream:
         engine = with_executor(self.engine, executor)
         return EngineStream(engine, self.rows, self.subject.seed, self.subject.size or engine.default_size)
@@ -117,10 +130,15 @@ def serving(run: Run, spec: KernelSpec, inputs: Mapping[str, Any]) -> dict[str, 
     return {form.name: form.load() for form in spec.implementations if form.cpu} or {"reference": spec.reference}
 
 
-def timed_forms(run: Run, spec: KernelSpec, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds of each form that agrees with the reference, the reason of each that does not."""
+def expected_of(spec: KernelSpec, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call as the reference leaves them."""
     expected = clone_inputs(inputs)
     spec.reference(**expected)
+    return expected
+
+
+def timed_forms(run: Run, spec: KernelSpec, inputs: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds of each form that agrees with the reference, the reason of each that does not."""
     results: dict[str, Any] = {}
     for name, form in serving(run, spec, inputs).items():
         wrong = mismatch(spec, bound(form), inputs, expected, inputs[spec.like].dtype)
@@ -155,30 +173,44 @@ def attention(order: str, run: Run) -> dict[str, Any]:
     )
     inputs = spec.make_inputs(Case(order, shape, {"order": order}), run.engine.dtype, run.device, 0)
     flops = 4 * run.tokens * dims["heads"] * dims["dim"] * dims["pages"] * dims["page_tokens"]
-    results = timed_forms(run, spec, inputs)
+    expected = expected_of(spec, inputs)
+    results = timed_forms(run, spec, inputs, expected)
     if order == "one" and run.on_gpu:
-        results |= over_the_store(run, inputs)
+        results |= over_the_store(run, inputs, expected["out"])
     rates = {f"{name} tflops": flops / ms / 1e9 for name, ms in results.items() if isinstance(ms, float)}
     return results | rates
 
 
-def over_the_store(run: Run, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Milliseconds of torch's attention, by backend, over pages that are one run, where they lie."""
+def over_the_store(run: Run, inputs: Mapping[str, Any], expected: Tensor) -> dict[str, Any]:
+    """Milliseconds of torch's attention, by backend, and of each flash-attn, over pages that are one run."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     count, first = int(inputs["page_count"][0]), int(inputs["page_table"][0, 0])
     q = inputs["q"].transpose(1, 2)
     k, v = (part[first : first + count].flatten(0, 1)[None].transpose(1, 2) for part in inputs["kv"])
-    results: dict[str, Any] = {}
+    rivals: dict[str, Callable[[], Any]] = {}
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-        try:
+        def attend(backend: SDPBackend = backend) -> Tensor:
             with sdpa_kernel(backend):
-                results[f"sdpa {backend.name.lower()}"] = run.milliseconds(
-                    partial(F.scaled_dot_product_attention, q, k, v, enable_gqa=q.shape[1] != k.shape[1])
-                )
-        except RuntimeError as error:
-            results[f"sdpa {backend.name.lower()}"] = first_line(error)
+                attended = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+            return attended.transpose(1, 2)
+
+        rivals[f"sdpa {backend.name.lower()}"] = attend
+    for name, function in flash_packages():
+        rivals[name] = partial(first_result, function, *(part.transpose(1, 2) for part in (q, k, v)))
+    results: dict[str, Any] = {}
+    for name, call in rivals.items():
+        try:
+            results[name] = run.timed(call, call, expected)
+        except launch_errors() as error:
+            results[name] = first_line(error)
     return results
+
+
+def first_result(function: Callable[..., Any], *args: Any) -> Any:
+    """The result of a function that may return others beside it."""
+    returned = function(*args)
+    return returned[0] if isinstance(returned, tuple) else returned
 
 
 def matmuls(run: Run) -> dict[str, tuple[int, int]]:
@@ -197,10 +229,13 @@ def matmul(run: Run) -> dict[str, Any]:
         bias = torch.zeros(outer, device=run.device, dtype=run.engine.dtype)
         out = torch.empty(run.tokens, outer, device=run.device, dtype=run.engine.dtype)
         call: Callable[[], object] = partial(torch.addmm, bias, x, weight.T, out=out)
+        expected = x.float() @ weight.float().T
         if name == "ffn up":
             call = partial(linear_gelu, x, weight, bias, out=out)
-        results[name] = run.milliseconds(call)
-        results[f"{name} tflops"] = 2 * run.tokens * inner * outer / results[name] / 1e9
+            expected = F.gelu(expected, approximate="tanh")
+        results[name] = ms = run.timed(call, lambda out=out: out, expected)  # type: ignore[misc]
+        if isinstance(ms, float):
+            results[f"{name} tflops"] = 2 * run.tokens * inner * outer / ms / 1e9
     return results
 
 
@@ -211,13 +246,13 @@ def fp8(run: Run) -> dict[str, Any]:
         inner, outer = matmuls(run)[name]
         x, x_scale = pack(torch.randn(run.tokens, inner, device=run.device), FP8)
         weight, scale = pack(torch.randn(outer, inner, device=run.device), FP8)
+        expected = (x.float() * x_scale[:, None]) @ (weight.float() * scale[:, None]).T
         for fast in (False, True):
-            results[f"{name}{', fast sums' if fast else ''}"] = run.milliseconds(
-                partial(
-                    torch._scaled_mm, x, weight.T, scale_a=x_scale[:, None], scale_b=scale[None],
-                    out_dtype=torch.bfloat16, use_fast_accum=fast,
-                )
+            call = partial(
+                torch._scaled_mm, x, weight.T, scale_a=x_scale[:, None], scale_b=scale[None],
+                out_dtype=torch.bfloat16, use_fast_accum=fast,
             )  # fmt: skip
+            results[f"{name}{', fast sums' if fast else ''}"] = run.timed(call, call, expected)
     return results
 
 
@@ -228,7 +263,7 @@ def fused(run: Run) -> dict[str, Any]:
         spec = SPECS[op]
         case = spec.bench_cases[0] if run.on_gpu else spec.test_cases[1]
         inputs = spec.make_inputs(case, run.engine.dtype if run.on_gpu else torch.float32, run.device, 0)
-        for form, result in timed_forms(run, spec, inputs).items():
+        for form, result in timed_forms(run, spec, inputs, expected_of(spec, inputs)).items():
             results[f"{op}, {form}"] = result
             if isinstance(result, float):
                 results[f"{op}, {form} gb_s"] = spec.cost(inputs).nbytes / result / 1e6
@@ -270,6 +305,7 @@ def block(run: Run) -> dict[str, Any]:
     results: dict[str, Any] = {"ms": statistics.median(samples), "executor": name}
     if run.on_gpu:
         results |= kernels_of(run, stream, results["ms"])
+    run.executor = stream.session.manager.resources.executor
     stream.close()
     return results
 
@@ -292,7 +328,7 @@ def kernels_of(run: Run, stream: EngineStream, ms: float) -> dict[str, Any]:
 
 
 def decoder(tiny: bool, run: Run) -> dict[str, Any]:
-    """Decoding a block of a running stream, in torch's default layout and with channels last."""
+    """Decoding a block of a running stream with plain layers, and with the fast layers of the device from its state."""
     spec, dtype = run.engine.spec, run.engine.dtype
     family = family_of(spec)
     with torch.device("meta"):
@@ -302,20 +338,31 @@ def decoder(tiny: bool, run: Run) -> dict[str, Any]:
     latents = torch.randn(run.dims["frames"], spec.out_channels, height, width, device=run.device).to(dtype)
     results: dict[str, Any] = {}
     with torch.no_grad():
-        for name, layout in (("default", torch.contiguous_format), ("channels last", torch.channels_last_3d)):
-            for part in module.modules():
-                if isinstance(part, torch.nn.Conv3d):
-                    part.weight.data = part.weight.data.contiguous(memory_format=layout)
-                elif isinstance(part, torch.nn.Conv2d) and layout is torch.channels_last_3d:
-                    part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last)
-            state = module.new_state()
-            module.decode(latents, state)
-            results[f"{name} ms"] = run.milliseconds(partial(decode_next, module, latents, state))
+        state = module.new_state()
+        module.decode(latents, state)
+        plain = partial(decode_next, module, latents, state)
+        expected = plain()
+        results["plain ms"] = run.timed(plain, plain, expected)
+        fast = partial(decode_next, family.with_fast_layers(module), latents, state)
+        results["fast ms"] = run.timed(fast, fast, expected)
     return results
 
 
 def decode_next(module: Decoder, latents: Tensor, state: StreamState) -> Tensor:
     return module.decode(latents, state.clone())
+
+
+def captured(run: Run) -> dict[str, Any]:
+    """Nodes of the timed block's graphs, and their faults against the calls of the programs."""
+    if not run.on_gpu:
+        return {"captured": "needs a GPU"}
+    assert isinstance(run.executor, GraphExecutor), "no block was timed"
+    results = check_executor(run.executor)
+    faults = faults_of(results)
+    return {
+        "graphs": len(results), "faults": len(faults), "first faults": faults[:20],
+        **{name: {key: facts[key] for key in ("calls", "nodes", "kinds")} for name, facts in results.items()},
+    }  # fmt: skip
 
 
 LINES: dict[str, tuple[Callable[[Run], dict[str, Any]], float]] = {  # with the seconds each should take on a card
@@ -330,6 +377,7 @@ LINES: dict[str, tuple[Callable[[Run], dict[str, Any]], float]] = {  # with the 
     "block": (block, 12),
     "vae": (partial(decoder, False), 10),
     "taehv": (partial(decoder, True), 4),
+    "captured": (captured, 4),  # the last, since it reads the driver's memory
 }
 
 

@@ -65,10 +65,10 @@ def check_op(spec: KernelSpec, device: str, forms: Sequence[Implementation] | No
             serving = spec.serving(capability, inputs, forms)
             if not serving:
                 continue
-            expected = clone_inputs(inputs)
-            spec.reference(**expected)
             for form in serving:
-                wrong = mismatch(spec, bound(form.load()), inputs, expected, dtype)
+                judge, expected = spec.judging(form), clone_inputs(inputs)
+                judge.reference(**expected)
+                wrong = mismatch(judge, bound(form.load()), inputs, expected, dtype)
                 reasons[f"{form.name}, {case.name}, {str(dtype)[6:]}"] = wrong
     return reasons
 

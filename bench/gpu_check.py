@@ -4,10 +4,11 @@
 
 tests: first the forms that no card has run yet; then every kernel against its reference on every case and dtype, and
 that the code which runs is the one that `compile_gate` inspected, by resources, instructions and hash. kernels: the
-microbenchmark. graph: executors against each other, one graph a block, one capture for all. packages: kernels that
-AOTInductor compiles into packages, against their references. block, stream: the benchmarks of real sizes. Each unit is
-a process of its own and leaves OUT/STAGE/UNIT.json, or UNIT.failed.txt, so that one that breaks the card's context
-stops no other. Exit code 3: more to do, run it again.
+microbenchmark. graph: executors against each other, one graph a block, one capture for all. captured: the nodes of
+captured graphs against the calls of their programs. packages: kernels that AOTInductor compiles into packages, against
+their references. block, stream: the benchmarks of real sizes. Each unit is a process of its own and leaves
+OUT/STAGE/UNIT.json, or UNIT.failed.txt, so that one that breaks the card's context stops no other. Exit code 3: more
+to do, run it again.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from ..runtime.sampler import scheduled_blocks
 from ..runtime.streams import make_current
 from ..schemes.page_needs import least_pages, staging_slots
 from . import block, candidates, compile_gate, kernels, stream
+from .captured_check import check_graphs, faults_of
 from .form_check import check_apart, check_op, unproved_forms
 from .inspection import launches_of
 from .machine import environment
@@ -191,6 +193,17 @@ def unit_graph(subject: Subject) -> Unit:
     return run
 
 
+def unit_captured(subject: Subject) -> Unit:
+    def run(device: str, file: Path) -> None:
+        results = check_graphs(replace(subject, device=device, executor="captured"))
+        wrong = faults_of(results)
+        write_check(file, {"environment": environment(device), "graphs": results, "wrong": wrong})
+        if wrong:
+            raise InferixError(f"{len(wrong)} faults of captured graphs: {'; '.join(wrong[:10])}")
+
+    return run
+
+
 def unit_block(options: block.Options) -> Unit:
     def run(device: str, file: Path) -> None:
         subject = replace(options.subject, device=device)
@@ -213,18 +226,20 @@ def random(model: str, preset: str, **settings: Any) -> Subject:
 
 SELF_FORCING = random("wan-1.3b", "self-forcing")
 FP8 = replace(SELF_FORCING, overrides={"lowp": "fp8", "kv_dtype": "fp8"})
+GRAPHS = {
+    preset: random(model, preset)
+    for model, preset in (
+        ("wan-1.3b", "self-forcing"), ("wan-1.3b", "self-forcing-framewise"), ("wan-1.3b", "longlive"),
+        ("wan-1.3b", "longlive-infinity"), ("wan-1.3b", "rolling-forcing"), ("wan-1.3b", "causvid"),
+        ("wan-14b", "krea"),
+    )
+} | {"self-forcing-fp8": FP8}  # fmt: skip
 STAGES: dict[str, dict[str, Unit]] = {
     "tests": {f"{spec.name}-{form.name}": unit_unproved(spec.name, form.name) for spec, form in unproved_forms()}
     | {op: unit_tests(op) for op in SPECS} | {"code": unit_code()},
     "kernels": {op: unit_kernels(op) for op in SPECS},
-    "graph": {
-        preset: unit_graph(random(model, preset))
-        for model, preset in (
-            ("wan-1.3b", "self-forcing"), ("wan-1.3b", "self-forcing-framewise"), ("wan-1.3b", "longlive"),
-            ("wan-1.3b", "longlive-infinity"), ("wan-1.3b", "rolling-forcing"), ("wan-1.3b", "causvid"),
-            ("wan-14b", "krea"),
-        )
-    } | {"self-forcing-fp8": unit_graph(FP8)},
+    "graph": {name: unit_graph(subject) for name, subject in GRAPHS.items()},
+    "captured": {name: unit_captured(subject) for name, subject in GRAPHS.items()},
     "packages": {op: unit_package(op) for op, spec in SPECS.items() if triton_form(spec) is not None},
     "block": {
         "self-forcing": unit_block(block.Options(SELF_FORCING)),
@@ -304,7 +319,7 @@ def begin_process(stage: str, out: Path, device: str) -> Callable[[str, float], 
 
 
 def main(
-    stage: Annotated[str, typer.Option(help="tests, kernels, graph, packages, block or stream.")],
+    stage: Annotated[str, typer.Option(help="tests, kernels, graph, captured, packages, block or stream.")],
     out: Annotated[Path, typer.Option(help="Folder for the results.")],
     device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
     unit: Annotated[str | None, typer.Option(help="One unit, in this process.  [default: all that are left]")] = None,

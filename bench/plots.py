@@ -355,4 +355,5 @@ PLOTS: dict[str, tuple[Callable[[Result, Path], Path | None], ...]] = {
     "kernels": (),
     "pairs": (pair_ratios,),
     "serve": (),
+    "churn": (),
 }

@@ -1,7 +1,8 @@
 """Faults of each rank of one world in turn: the error, seconds to it, and processes left, as a table in Markdown.
 
 `python -m inferix.bench.rank_faults --ranks 4` starts a world of the untrained `wan-ranks` on processes of the CPU for
-each fault: a rank is killed, stopped (it hangs), or made to fail at a plan.
+each fault: a rank is killed, stopped (it hangs), or made to fail at a plan. Rank 0 has a process of its own, of which
+nobody is left to see an error; it may be stopped by a signal, too.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..errors import RankFailed
 from ..runtime.engine import Engine
@@ -21,10 +25,21 @@ from ..runtime.load import load
 from ..runtime.parallel.messages import Message
 from ..runtime.parallel.peers import Peer
 from ..runtime.parallel.ranked_worker import RankedWorker
-from ..runtime.plans import Offload, encode_plan
+from ..runtime.plans import Offload, PassPlan, encode_plan
 
 ENDS = 20.0  # seconds in which all processes must have ended
 SEVERED = {"killed": signal.SIGKILL, "hung": signal.SIGSTOP}
+
+
+ENDINGS = {"killed": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}  # of rank 0
+WORLD = """
+from inferix.bench.rank_faults import world
+engine = world({ranks}, {timeout}, {parallel!r})
+print(*(peer.pid for peer in engine.resources.worker.peers.peers), flush=True)
+with engine.open(prompt="fog") as session:
+    for _ in session.stream(1000000, decode=False):
+        print(flush=True)
+"""
 
 
 def fail(worker: RankedWorker, peer: Peer) -> None:
@@ -46,6 +61,41 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def world(ranks: int, timeout: float, parallel: str) -> Engine:
+    return load(
+        "wan-ranks", "self-forcing", device="cpu", gpus=ranks, parallel=parallel, rank_timeout=timeout,
+        local_attn_size=6, denoising_step_list=[1000],
+    )  # fmt: skip
+
+
+def left_after(pids: Sequence[int], begun: float) -> tuple[float, int]:
+    """Seconds until processes have ended, and how many have not after `ENDS`."""
+    while (left := sum(map(is_alive, pids))) and time.monotonic() < begun + ENDS:
+        time.sleep(0.02)
+    return time.monotonic() - begun, left
+
+
+def ended(ranks: int, timeout: float, parallel: str, number: signal.Signals) -> tuple[float, int]:
+    """Seconds from a signal to rank 0, in the middle of a stream, to the end of all ranks, and processes left."""
+    script = WORLD.format(ranks=ranks, timeout=timeout, parallel=parallel)
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) == ranks - 1 and process.stdout.readline() == "\n"
+        process.send_signal(number)
+        return left_after([process.pid, *pids], time.monotonic())
+
+
+def failed_alone(engine: Engine) -> tuple[str, float, int]:
+    """Error, seconds and processes left where rank 0 fails in the middle of a pass that the other ranks run."""
+
+    def fails(plan: PassPlan, latents: Tensor) -> list[Tensor]:
+        raise ValueError("out of luck")
+
+    return provoked(engine, 1, lambda worker, peer: worker.local.runs.update({PassPlan: fails}))
+
+
 def provoked(engine: Engine, rank: int, fault: Callable[[RankedWorker, Peer], None]) -> tuple[str, float, int]:
     """Error, seconds and processes left of a fault in the middle of a stream."""
     worker = engine.resources.worker
@@ -62,22 +112,20 @@ def provoked(engine: Engine, rank: int, fault: Callable[[RankedWorker, Peer], No
         except RankFailed as error:
             message = str(error)
         seconds = time.monotonic() - begun
-    end = time.monotonic() + ENDS
-    while (left := sum(is_alive(peer.pid) for peer in peers)) and time.monotonic() < end:
-        time.sleep(0.05)
-    return message, seconds, left
+    return message, seconds, left_after([peer.pid for peer in peers], time.monotonic())[1]
 
 
 def table(ranks: int, timeout: float, parallel: str) -> Iterator[str]:
     yield "| fault | rank | error | seconds | processes left |"
     yield "|---|---|---|---|---|"
+    for name, number in ENDINGS.items():
+        seconds, left = ended(ranks, timeout, parallel, number)
+        yield f"| {name} | 0 | | {seconds:.1f} | {left} |"
+    message, seconds, left = failed_alone(world(ranks, timeout, parallel))
+    yield f"| fails | 0 | {message} | {seconds:.1f} | {left} |"
     for name, fault in FAULTS.items():
         for rank in range(1, ranks):
-            engine = load(
-                "wan-ranks", "self-forcing", device="cpu", gpus=ranks, parallel=parallel, rank_timeout=timeout,
-                local_attn_size=6, denoising_step_list=[1000],
-            )  # fmt: skip
-            message, seconds, left = provoked(engine, rank, fault)
+            message, seconds, left = provoked(world(ranks, timeout, parallel), rank, fault)
             yield f"| {name} | {rank} | {message} | {seconds:.1f} | {left} |"
 
 

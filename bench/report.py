@@ -22,6 +22,7 @@ from .report_tables import (
     amount,
     block_part,
     cells_table,
+    churn_part,
     cut,
     in_flops,
     kernels_part,
@@ -49,7 +50,8 @@ HOW = """\
 - Times are medians with quartiles and the worst sample. The result's file has every sample.
 - Shares are relative to a matmul and a copy timed in the same run, not to a data sheet.
 - Baselines run in the same process with the same weights. `plain` has the structure of the public reference loop;
-  `compiled` is `plain` with its layers through `torch.compile`.
+  `compiled` is `plain` with its layers through `torch.compile`; `reduce-overhead`, with all layers of a pass together
+  through `torch.compile(mode="reduce-overhead")`.
 
 [benchmarks.md](benchmarks.md) documents the commands, the clocks, the schema of the files and the statistic of
 `inferix bench compare`.
@@ -191,6 +193,8 @@ def headline(result: Result) -> str:
     if result.kind == "serve":
         in_time = [row["sessions"] for row in result.facts["rows"] if not row["underruns"] and not row["refused"]]
         return f"{max(in_time, default=0)} sessions without an underrun"
+    if result.kind == "churn":
+        return f"{result.facts['growth'] / 1e6:+.0f} MB in {result.settings['minutes']:g} minutes"
     return f"{len(result.facts.get('rows', result.series))} timings"
 
 
@@ -211,8 +215,14 @@ def goals_part(gpu: dict[str, Result]) -> str:
     return "\n\n".join(
         (
             "Goals at 832x480 with random weights, and the command that measures each. On another GPU the command "
-            "gives figures, but reaches no goal:",
-            cells_table(("work", "goal", "measured", "command"), [goal_row(goal, gpu) for goal in GOALS]),
+            "gives figures, but reaches no goal. Our clock covers all passes of a block, its commit included, for "
+            "`interval` the decoder and the pictures on the host too. Floor: operations and least bytes at the maker's "
+            "peak rates. Predicted: by the time model of `inferix graph "
+            "--dry-run cuda:90`, not measured. Published figures have other clocks, stated beside each:",
+            cells_table(
+                ("work", "goal", "floor", "predicted", "strongest published figure", "measured", "command"),
+                [goal_row(goal, gpu) for goal in GOALS],
+            ),
             "To measure all of them in resumable stages of under nine minutes, run "
             "`python -m inferix.bench.gpu_check --stage STAGE --out results` for the stages `kernels`, `block` and "
             "`stream`, each again while it exits with 3; then `inferix bench report results --goals`.",
@@ -220,8 +230,11 @@ def goals_part(gpu: dict[str, Result]) -> str:
     )
 
 
-def goal_row(goal: Goal, gpu: dict[str, Result]) -> tuple[str, str, str, str]:
-    """Cells of a goal: name, target, the values of results, its GPU first, and the command."""
+def goal_row(goal: Goal, gpu: dict[str, Result]) -> tuple[str, ...]:
+    """Cells of a goal: name, target, floor, prediction, published figure, values of results, and the command.
+
+    The values of results have those of its GPU first.
+    """
     values = []
     for name, result in gpu.items():
         if not goal.matches(result):
@@ -236,13 +249,15 @@ def goal_row(goal: Goal, gpu: dict[str, Result]) -> tuple[str, str, str, str]:
         values.append((0 if on_its_card else 1, f"{value} (`{name}`)"))
     target = f"{'=' if goal.exact else '<='} {amount(goal.value, goal.unit)} ({goal.card})"
     measured = "; ".join(text for _, text in sorted(values)) or "not measured yet"
-    return goal.name, target, measured, f"`{goal.command}`"
+    expected = ("-" if value is None else amount(value, goal.unit) for value in (goal.floor, goal.predicted))
+    return goal.name, target, *expected, goal.public or "-", measured, f"`{goal.command}`"
 
 
 def section(name: str, result: Result, pictures: Iterable[str]) -> str:
     """Section of one result: title, circumstances, tables and pictures."""
     kind = {
-        "block": block_part, "stream": stream_part, "kernels": kernels_part, "pairs": pairs_part, "serve": serve_part
+        "block": block_part, "stream": stream_part, "kernels": kernels_part, "pairs": pairs_part, "serve": serve_part,
+        "churn": churn_part,
     }[result.kind]  # fmt: skip
     parts = [f"### {title(result)}", circumstances(name, result), *kind(result)]
     parts += [f"![{Path(link).stem}]({link})" for link in pictures]
@@ -255,6 +270,8 @@ def title(result: Result) -> str:
         return f"Kernels ({device})"
     if result.kind == "serve":
         return f"Live sessions as their clients see them ({device})"
+    if result.kind == "churn":
+        return f"A server's memory while clients join, leave and stall ({device})"
     if result.kind == "pairs":
         return f"Pairs: {result.facts['before']} and after, {result.settings['config']['dtype']} ({device})"
     width, height = result.settings["size"]

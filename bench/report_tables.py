@@ -497,6 +497,24 @@ def serve_part(result: Result) -> Iterator[str]:
             yield f"One more than {row['sessions']} was refused: {row['refused']}."
 
 
+def churn_part(result: Result) -> Iterator[str]:
+    """Table by tenth of the time, and what clients did."""
+    settings, facts = result.settings, result.facts
+    yield (
+        f"{settings['clients']} clients for {settings['minutes']:g} minutes; medians of each tenth. Memory grew by "
+        f"{facts['growth'] / 1e6:.1f} MB from the second tenth to the last."
+    )
+    columns = (
+        Column("until", lambda row: f"{row['until'] / 60:.1f} min"),
+        Column("server memory", lambda row: f"{row['memory'] / 1e6:.1f} MB"),
+        Column("open files", lambda row: str(row["files"])), Column("threads", lambda row: str(row["threads"])),
+    )  # fmt: skip
+    yield table(columns, facts["rows"])
+    yield ", ".join(f"{name} {count}" for name, count in facts["counts"].items()) + "."
+    if facts["faults"]:
+        yield f"{len(facts['faults'])} faults, the first: {cut(facts['faults'][0])}"
+
+
 def quantiles(shares: dict[str, float] | None) -> str:
     return "" if shares is None else " / ".join(f"{seconds * 1e3:.0f}" for seconds in shares.values())
 

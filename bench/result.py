@@ -20,7 +20,7 @@ from ..runtime.files import check_output, write_atomically
 from ..user_files import check_reachable, read_json
 
 SCHEMA = 3  # 1 was only of the kernel benchmark, 2 had no low-precision layers and pages
-KINDS = ("kernels", "block", "stream", "pairs", "serve")
+KINDS = ("kernels", "block", "stream", "pairs", "serve", "churn")
 
 
 @dataclass(frozen=True)

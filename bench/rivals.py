@@ -6,10 +6,9 @@ layout) are prepared before the clock runs. Its result becomes `out` without a c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any
 
@@ -21,6 +20,13 @@ from ..kernels.block_attention.sdpa import pages_are_one_run
 from ..kernels.spec import indexable
 
 Prepare = Callable[[dict[str, Any]], Callable[[], Any]]
+# Packages with attention over [R, tokens, heads, D]: name, module and function. Those of flash-attn are alternatives to
+# each other, and 4 installs a module `flash_attn` without 2's function.
+FLASH_PACKAGES = (
+    ("flash-attn 2", "flash_attn", "flash_attn_func"),
+    ("flash-attn 3", "flash_attn_interface", "flash_attn_func"),
+    ("flash-attn 4", "flash_attn.cute", "flash_attn_func"),
+)
 
 
 def bound(run: Callable[..., Any]) -> Prepare:
@@ -51,11 +57,26 @@ def attention_baselines(
 
     for name in backends:
         baselines[f"sdpa {name.partition('_')[0].lower()}"] = sdpa(getattr(SDPBackend, name))
-    if find_spec("flash_attn"):
-        baselines["flash-attn"] = flash_attn
-    if find_spec("sageattention"):
-        baselines["sageattention"] = sageattention
+    baselines |= {name: flash_attn(attend) for name, attend in flash_packages()}
+    if (attend := function_of("sageattention", "sageattn")) is not None:
+        baselines["sageattention"] = sageattention(attend)
     return baselines
+
+
+def flash_packages() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Name and function of each flash-attn that is installed."""
+    for name, module, function in FLASH_PACKAGES:
+        if (attend := function_of(module, function)) is not None:
+            yield name, attend
+
+
+def function_of(module: str, name: str) -> Callable[..., Any] | None:
+    """A function of a package; None if the package, or the function in it, is not installed."""
+    try:
+        found: Callable[..., Any] | None = getattr(import_module(module), name, None)
+    except ImportError:
+        return None
+    return found
 
 
 def in_order(prepare: Prepare) -> Prepare:
@@ -127,15 +148,26 @@ def flex() -> Prepare:
     return prepared
 
 
-def flash_attn(inputs: dict[str, Any]) -> Callable[[], Any]:
-    """The flash-attn package."""
-    attend = import_module("flash_attn").flash_attn_func
-    rows = [part.transpose(1, 2).contiguous() for part in in_rows(inputs)]
-    return lambda: inputs.update(out=attend(*rows))
+def flash_attn(attend: Callable[..., Any]) -> Prepare:
+    """A function of a flash-attn package; 3 and 4 may return the log-sum-exp beside the result."""
+
+    def prepared(inputs: dict[str, Any]) -> Callable[[], Any]:
+        rows = [part.transpose(1, 2).contiguous() for part in in_rows(inputs)]
+
+        def call() -> None:
+            attended = attend(*rows)
+            inputs["out"] = attended[0] if isinstance(attended, tuple) else attended
+
+        return call
+
+    return prepared
 
 
-def sageattention(inputs: dict[str, Any]) -> Callable[[], Any]:
+def sageattention(attend: Callable[..., Any]) -> Prepare:
     """The sageattention package, which computes in INT8."""
-    attend = import_module("sageattention").sageattn
-    rows = in_rows(inputs)
-    return lambda: inputs.update(out=attend(*rows, tensor_layout="HND").transpose(1, 2))
+
+    def prepared(inputs: dict[str, Any]) -> Callable[[], Any]:
+        rows = in_rows(inputs)
+        return lambda: inputs.update(out=attend(*rows, tensor_layout="HND").transpose(1, 2))
+
+    return prepared

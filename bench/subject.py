@@ -188,7 +188,7 @@ def random_parts(spec: ModelSpec, config: EngineConfig, seed: int) -> Components
         decoder = family.build_decoder(family.chosen_decoder_spec(spec, tiny=config.vae == "taehv"))
     return Components(
         transformer=draw_weights(transformer, seed, dtype, config.device),
-        vae=family.on_cpu(draw_weights(decoder, seed + 1, dtype, config.device)),
+        vae=family.with_fast_layers(draw_weights(decoder, seed + 1, dtype, config.device)),
         text=family.random_text(spec, dtype, config.device),
         source=spec.name,
         form="random",
@@ -232,7 +232,7 @@ def describe(engine: Engine, subject: Subject) -> tuple[dict[str, Any], dict[str
         "model": engine.spec.name, "checkpoint": description["checkpoint"],
         "random_weights": engine.parts.form == "random",
         "parameters": sum(weight.numel() for weight in engine.parts.transformer.parameters()),
-        "decoder": type(engine.parts.vae).__name__,
+        "decoder": engine.parts.vae.name,
     }  # fmt: skip
     settings = {
         "size": list(size), "seed": subject.seed, "frames_in_window": subject.frames_in_window,

@@ -22,9 +22,10 @@ class Rates:
     """Rates of a card, those of arithmetic before the loss to incomplete waves.
 
     multiprocessors: tiles that run at once. matmul, fp8_matmul, int8_matmul: TFLOP/s of cuBLAS or Triton. attention:
-    of `block_attention` in half precision; fp8_attention: over FP8 pages. sdpa: of torch's attention. convolution: of
-    cuDNN. memory: GB/s that a kernel reaches. start: us between two kernels of a graph. host: us of a call that the
-    host launches, which bounds what is not captured. link: GB/s that a GPU sends to others; collective: us of each.
+    of `block_attention` in half precision; fp8_attention: over FP8 pages; fp8_qk: with queries in FP8, too. sdpa: of
+    torch's attention; cudnn: of cuDNN's. convolution: of cuDNN. memory: GB/s that a kernel reaches. start: us between
+    two kernels of a graph. host: us of a call that the host launches, which bounds what is not captured. link: GB/s
+    that a GPU sends to others; collective: us of each.
     """
 
     multiprocessors: float
@@ -33,7 +34,9 @@ class Rates:
     int8_matmul: float
     attention: float
     fp8_attention: float
+    fp8_qk: float
     sdpa: float
+    cudnn: float
     convolution: float
     memory: float
     start: float = 1.0
@@ -71,12 +74,14 @@ class Rates:
 
 
 # H200 at the clocks of a long run, from published figures of the libraries on Hopper: cuBLAS 560 to 680 TFLOP/s with
-# its waves, FlashAttention-2 300 (code for sm_80), cuDNN's convolutions 400 to 500. `attention` is an estimate: the
-# loop of the kernel does not overlap softmax with the tensor cores.
+# its waves, FlashAttention-2 300 (code for sm_80), cuDNN's attention as FlashAttention-3 (648 over long
+# rows of head dim 128, arXiv 2407.08608), its convolutions 400 to 500. `attention` is an estimate: the
+# loop of the kernel does not overlap softmax with the tensor cores. `fp8_attention` pays for turning keys and values
+# into float16, `fp8_qk` for values alone, and its first product takes half the time.
 RATES = {
     90: Rates(
-        multiprocessors=132, matmul=700, fp8_matmul=1240, int8_matmul=1240, attention=530, fp8_attention=430, sdpa=300,
-        convolution=450, memory=3000,
+        multiprocessors=132, matmul=700, fp8_matmul=1240, int8_matmul=1240, attention=530, fp8_attention=430,
+        fp8_qk=550, sdpa=300, cudnn=650, convolution=450, memory=3000,
     ),
 }  # fmt: skip
 
@@ -88,6 +93,12 @@ def rates_of(architecture: int, values: Mapping[str, str]) -> Rates | None:
         known = ", ".join(f"sm_{one}" for one in RATES)
         raise UsageError(f"assume is {quoted(str(dict(values)))}, but rates are stated for {known} only; leave it out")
     return rates and rates.changed(values)
+
+
+def attention_tiles(size: tuple[int, ...]) -> int:
+    """Tiles of 128 queries of an attention with queries [rows, heads, tokens, dim]."""
+    rows, heads, tokens, _ = size
+    return rows * heads * math.ceil(tokens / 128)
 
 
 def tiles_of(size: tuple[int, ...]) -> int:

@@ -46,7 +46,8 @@ def common() -> None:
     """Measure speed beside the machine's limit.
 
     Outputs are checked before anything is timed. `kernels` times single ops, `block` one block by stages beside the
-    plain loop, `stream` the whole path from a prompt to pixels, `engines` exported engines beside the executors.
+    plain loop, `stream` the whole path from a prompt to pixels, `engines` exported engines beside the executors,
+    `parallel` the link between GPUs.
     `report` makes a page from results, `compare` lists the changes between two results.
 
     Example: inferix bench block --size 64x64 --rounds 1 --blocks 2 --out results/block.json
@@ -267,6 +268,9 @@ def serve(
     url: str | None = typer.Option(None, help="A running server, such as http://127.0.0.1:8000.  [default: start one]"),
     sessions: int = typer.Option(4, min=1, help="Measure 1 to N sessions at a time, until one is refused."),
     seconds: float = typer.Option(20.0, min=1.0, help="Length of each measurement."),
+    churn: float | None = typer.Option(
+        None, min=0.1, metavar="MINUTES", help="Have clients join, leave and stall instead, for minutes."
+    ),
     prompt: str = typer.Option(DEFAULT_PROMPT, help="Prompt of all sessions."),
     media: str = typer.Option("jpeg", help="h264, vp9, fmp4, jpeg or raw."),
     token: Path | None = typer.Option(None, metavar="FILE", help="File with the server's token."),
@@ -282,8 +286,15 @@ def serve(
     to N sessions at a time: first picture, interval between blocks, control to pixel (p50, p95, p99), late blocks, and
     the times that a player had nothing to show. A refusal of the next session ends it, and is shown with its numbers.
 
+    With --churn, N + 2 clients join, leave, vanish, come back, fork, say nothing and stall, in all media. The table has
+    the server's memory, open files and threads by tenths of the time. Exit code 1 where memory grew by more than
+    64 MiB after the first tenth, something was left behind at the end, or a client met an error.
+
     Example: inferix bench serve --sessions 3 --seconds 30
+
+    Example: inferix bench serve --sessions 3 --churn 30 --out churn.json
     """
+    from ..bench import churn as churning
     from ..bench import serve as bench
     from ..bench.result import write_result
     from ..runtime.files import check_output
@@ -295,6 +306,12 @@ def serve(
         check_output(out)
     secret = None if token is None else read_token(token)
     console = Console(stderr=True)
+    if churn is not None:
+        options = [*arguments, f"--sessions={sessions}"]
+        result = churning.run(url, options, churn, sessions, prompt, secret, console.print)
+        if out is not None:
+            write_result(result, out)
+        return print_churn(result.facts, as_json)
     result = bench.run(
         url, [*arguments, f"--sessions={sessions}"], sessions, seconds, prompt, media, secret, console.print
     )
@@ -305,6 +322,36 @@ def serve(
         typer.echo(json.dumps(rows))
     else:
         print_serve(rows)
+
+
+@app.command(cls=Command)
+def parallel(
+    gpus: int = typer.Option(2, min=2, metavar="N", help="GPUs between which to measure, or processes of a CPU."),
+    device: str | None = DEVICE,
+    out: Path | None = typer.Option(None, help="JSON file for inferix plan --link FILE."),
+    as_json: bool = JSON,
+) -> None:
+    """Measure bandwidth and latency between GPUs, by the collectives that passes use.
+
+    With the file the planner of several GPUs takes these figures in place of assumed ones. Under torchrun, run it on
+    the machines and with the ranks that are to be planned.
+
+    Example: inferix bench parallel --gpus 2 --device cpu
+
+    On GPUs: inferix bench parallel --gpus 8 --out link.json
+    """
+    from ..bench import rank_links
+
+    if out is not None:
+        check_out(out, {})
+    result = rank_links.measure(gpus, device, Console(stderr=True).print)
+    if out is not None:
+        rank_links.write(result, out)
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        bandwidth, latency = result["bandwidth"], result["latency"]
+        plain_console().print(f"{gpus} ranks, {result['device']}: {bandwidth:.3g} GB/s, {latency:.1f} us a collective")
 
 
 def print_serve(rows: list[dict[str, Any]]) -> None:
@@ -322,6 +369,28 @@ def print_serve(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if row["refused"]:
             console.print(f"session {row['sessions'] + 1} was refused: {row['refused']}")
+
+
+def print_churn(facts: dict[str, Any], as_json: bool) -> None:
+    """Print the table of `bench serve --churn`; InferixError where it is not as it should be."""
+    from ..bench.churn import GROWTH
+
+    if as_json:
+        typer.echo(json.dumps(facts))
+    else:
+        table = Table("until", "server memory", "open files", "threads")
+        for row in facts["rows"]:
+            memory = f"{row['memory'] / 1e6:.1f} MB"
+            table.add_row(f"{row['until'] / 60:.1f} min", memory, str(row["files"]), str(row["threads"]))
+        console = plain_console()
+        console.print(table)
+        for name, count in facts["counts"].items():
+            console.print(f"{name:28}{count:9}")
+    faults = list(facts["faults"])
+    if facts["growth"] > GROWTH:
+        faults.append(f"memory grew by {facts['growth'] / 1e6:.1f} MB after the first tenth")
+    if faults:
+        raise InferixError(f"{len(faults)} faults: " + "; ".join(faults[:5]))
 
 
 def in_milliseconds(quantiles: dict[str, float] | None) -> str:

@@ -27,7 +27,7 @@ GIVES = {
     "av": "writes and reads video files",
     "ftfy": "cleans prompts as Wan's training did",
     "triton": "the GPU kernels of inferix.kernels",
-    "cuda-python": "nothing yet: CUDA graphs and device facts come from torch and NVML; in no extra",
+    "cuda-bindings": "reads captured CUDA graphs: inferix graph --captured",
     "flash-attn": "one more form of block attention, for comparison and where it is asked for",
     "onnx": "export to the targets onnx and openvino, with onnxscript",
     "onnxscript": "export to the targets onnx and openvino, with onnx",
@@ -90,6 +90,21 @@ def engines(target: Target) -> str:
     return f"{state}; {target.history}"
 
 
+def cached_verdict() -> str:
+    """Return the executor that generate, play and serve take for the small world on a CPU, and the way to another."""
+    from ..export.engine_cache import OFF, VARIABLE, cache_folder, find_cached, read_cached
+
+    if cache_folder() is None:
+        return f"eager; {VARIABLE} is {OFF}"
+    folder = find_cached(None, None, None, {"device": "cpu"})
+    cached = None if folder is None else read_cached(folder)
+    if cached is not None:
+        return f"engine {cached.folder}, {cached.speedup:.1f} times as fast as eager (--executor eager leaves it out)"
+    if TARGETS["onnx"].missing or find_spec(TARGETS["onnx"].runtime) is None:
+        return "eager; pip install 'inferix-runtime[onnx]' and inferix export --cache, if an engine is faster here"
+    return "eager; inferix export --cache makes an engine, which runs if it is faster"
+
+
 def verdicts(packages: dict[str, str | None], gpus: list[dict[str, Any]], cpu: dict[str, Any]) -> dict[str, str]:
     """Return the state of each feature in one line."""
     unit = cpu["bfloat16"]
@@ -104,6 +119,7 @@ def verdicts(packages: dict[str, str | None], gpus: list[dict[str, Any]], cpu: d
             f"faster than float32, by {unit} (--dtype bfloat16)" if unit
             else "works, but slower than float32: no AVX-512 BF16 or AMX"
         ),
+        "small world on the CPU": cached_verdict(),
         "generate on a GPU": "works (--device cuda)" if gpus else "no GPU that torch can use",
         "video files": needs("av"),
         "serving": "works" if packages["uvicorn"] else "missing: pip install 'inferix-runtime[serve]'",

@@ -48,8 +48,15 @@ def export(
     size: str | None = typer.Option(None, metavar="WxH", help="Picture size.  [default: the model's]"),
     target: str = typer.Option("onnx", help=f"Format of the programs: {', '.join(TARGETS)}."),
     out: Path | None = typer.Option(None, help="Folder to write; it must be new or empty."),
-    dtype: str = typer.Option("float32", help="Of weights and activations."),
+    cache: bool = typer.Option(
+        False, "--cache", help="Write to the cache instead of --out; generate, play and serve run it on a CPU if it is "
+        "faster.",
+    ),
+    dtype: str = typer.Option("float32", help="Of the stored weights: float32 or float16; passes are in float32."),
     unroll: bool = typer.Option(False, "--unroll", help="Write one program more, with all steps of a block."),
+    prefixes: bool = typer.Option(
+        False, "--prefixes", help="Write the encoder too, for streams that begin with an image or a video."
+    ),
     prompt: Path | None = typer.Option(
         None, metavar="FILE", help="Prompts that the engine can follow, one a line, instead of a text encoder."
     ),
@@ -67,21 +74,31 @@ def export(
 
     Example: inferix export --out world
 
+    Example: inferix export --cache
+
     Example: inferix export --model tiny/ --preset self-forcing --prompt prompts.txt --size 64x64 --out engine
     """
     from ..export.engine_folder import export_engine, read_prompts
     from ..export.plan import FILE, read_plan
 
+    if cache:
+        needless: dict[str, object] = {"--out": out, "--base": base, "--vae": vae, "--text-encoder": text_encoder}
+        needless |= {"--lora": lora, "--names": names, "--prompt": prompt, "--set": settings or None}
+        needless |= {"--unroll": unroll or None, "--target": None if target == "onnx" else target}
+        needless |= {"--dtype": None if dtype == "float32" else dtype}
+        if wrong := [flag for flag, value in needless.items() if value is not None]:
+            raise UsageError(f"--cache takes a model, preset and size as they are; leave {wrong[0]} out")
+        return export_to_cache(model, preset, parse_size(size) if size else None, as_json)
     if out is None:
-        raise UsageError("--out is missing; give the folder to write")
+        raise UsageError("--out is missing; give the folder to write, or --cache")
     overrides = parse_settings(settings)
     check_settings(ctx, overrides)
     parts = {"base": base, "vae": vae, "text_encoder": text_encoder, "lora": lora, "names": names}
     given = {key: value for key, value in parts.items() if value is not None}
     folder = export_engine(
         model, preset, out=out, target=target, size=parse_size(size) if size else None, dtype=dtype, unroll=unroll,
-        prompts=read_prompts(prompt) if prompt else (), progress=lambda line: typer.echo(line, err=True),
-        lora_scale=lora_scale, offline=offline, force=force, **given, **overrides,
+        prefixes=prefixes, prompts=read_prompts(prompt) if prompt else (), lora_scale=lora_scale, offline=offline,
+        force=force, progress=lambda line: typer.echo(line, err=True), **given, **overrides,
     )  # fmt: skip
     plan = read_plan(folder)
     programs, size_bytes = list(plan["programs"]), sum(facts["bytes"] for facts in plan["files"].values())
@@ -90,3 +107,15 @@ def export(
         typer.echo(json.dumps(facts))
     else:
         typer.echo(f"wrote {quoted(folder)}: {', '.join(programs)}; {size_bytes / 1e6:.1f} MB")
+
+
+def export_to_cache(model: str | None, preset: str | None, size: tuple[int, int] | None, as_json: bool) -> None:
+    from ..export.engine_cache import make_cached
+
+    made = make_cached(model, preset, size, lambda line: typer.echo(line, err=True))
+    if as_json:
+        facts = {"out": str(made.folder), "seconds": dict(made.seconds), "speedup": made.speedup}
+        return typer.echo(json.dumps(facts))
+    eager, exported = made.seconds["eager"], made.seconds["exported"]
+    used = "generate, play and serve run it on a CPU" if made.speedup > 1 else "it is not used, since it is no faster"
+    typer.echo(f"{quoted(made.folder)}: {exported:.3f} s a block, the model itself {eager:.3f} s; {used}")

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import InferixError, UsageError, nearest, one_line, quoted
-from ..runtime.executor_specs import default_executor
+from ..runtime.executor_specs import AUTO, default_executor
 from ..runtime.files import check_output, check_paths, write_atomically
 from ..runtime.media import CONTAINERS, VideoWriter, contact_sheet
 from ..runtime.media_input import check_fit, read_video
@@ -52,6 +52,7 @@ from .options import (
     PRESET,
     UNTRAINED,
     check_beside_engine,
+    check_nvtx,
     check_settings,
     check_start,
     counted,
@@ -141,6 +142,13 @@ def warn_of_slow_cpu(engine: Engine, size: tuple[int, int], console: Console) ->
     message = long_on_cpu(engine.spec, engine.preset, engine.parts.vae.spec, size)
     if engine.device.type == "cpu" and message:
         console.print(message, highlight=False, soft_wrap=True)
+
+
+def note_cached(engine: Engine, console: Console) -> None:
+    """Print which engine of the cache runs in place of the model, if one does."""
+    if engine.config.engine is not None:
+        console.print(f"running the cached engine {engine.config.engine} (--executor eager runs the model itself)",
+                      highlight=False, soft_wrap=True)  # fmt: skip
 
 
 def advise_dtype(engine: Engine, console: Console) -> None:
@@ -371,7 +379,7 @@ def generate(
         "crop", help="Fit of --image and --video to the picture: crop, pad with black, or stretch."
     ),
     strength: float | None = typer.Option(
-        None, help="Video to video with --video: 0.1 stays close, 1 ignores it; not for presets with solver unipc."
+        None, help="Video to video with --video: 0.1 stays close, 1 ignores it; a few solvers take only 1."
     ),
     negative_prompt: str | None = typer.Option(None, help="Content to avoid, for presets with guidance."),
     prompt_at: list[str] = typer.Option(
@@ -408,6 +416,9 @@ def generate(
     profile: Path | None = typer.Option(
         None, metavar="DIR", help="Folder for a trace and a table of each block's time by call."
     ),
+    nvtx: bool = typer.Option(
+        False, "--nvtx", help="On a GPU: mark sessions, blocks, passes and decoding for nsys profile."
+    ),
     settings: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Engine setting; repeatable."),
     records: Path | None = typer.Option(None, help="File for measurements, a JSON line per block and control."),
     drift_meter: bool = typer.Option(
@@ -443,6 +454,7 @@ def generate(
     given_parts |= {"--dtype": dtype, "--executor": executor, "--graphs": graphs, "--profile": profile}
     given_parts |= {"--gpus": gpus, "--parallel": parallel, "--form": kernels or None}
     check_beside_engine(exported, given_parts)
+    check_nvtx(nvtx, device)
     if prompt is not None and prompt_embeds is not None:
         raise UsageError("--prompt and --prompt-embeds both say what to show; give one of them")
     suffixes = [*CONTAINERS, ".safetensors"] if latents_only else list(CONTAINERS)
@@ -483,9 +495,9 @@ def generate(
     model = str(exported) if exported is not None else model or default_model(preset)
     parts: dict[str, Any] = {"base": base, "vae": vae, "text_encoder": text_encoder, "names": names}
     parts |= {"lora": lora, "lora_scale": lora_scale, "lora_partial": lora_partial}
-    if profile is not None and executor is None:  # only graphs have calls to be timed
+    if profile is not None and executor is None:  # the calls of a graph are fewer and known by their pass
         executor = default_executor(device or default_device(), lambda spec: spec.graphs)
-    parts |= {"executor": executor, "graphs": graphs, "drift_meter": drift_meter}
+    parts |= {"executor": executor or AUTO, "graphs": graphs, "drift_meter": drift_meter}
     parts |= {"gpus": gpus or ranks_of_launcher(), "parallel": parallel, "kernels": forms}
     texts = prompt_embeds is None or negative_prompt is not None or bool(cues)
     parts |= {"size": chosen_size, "offline": offline, "force": force, "text_prompts": texts}
@@ -498,6 +510,7 @@ def generate(
         prompt = default_prompt(exported) if prompt is None and prompt_embeds is None else prompt
     else:
         engine = load(model, preset=preset, device=device, dtype=dtype, **parts, **overrides)
+        note_cached(engine, console)
     if engine.parts.form == "random":
         message = f"{model} has random, untrained weights: the picture is noise; --model takes a checkpoint"
         console.print(message, highlight=False, soft_wrap=True)
@@ -526,6 +539,8 @@ def generate(
     opening |= {"camera": path}
     given: dict[str, Any] = {name: value for name, value in opening.items() if value is not None}
     profiled = engine.start_profile() if profile is not None else None
+    if nvtx:
+        engine.start_ranges()
     samples: list[Any] = []
     writer: VideoWriter | None = None
     changes: dict[int, str] = {}
@@ -546,7 +561,8 @@ def generate(
                     writer = VideoWriter(out, engine.fps, frame_size, max(1, SEEN // max(frame_size)))
                 stream = steered(session, count, {} if ahead else changes, decode=writer is not None)
                 sinks = [writer] if writer is not None else []
-                blocks_made = stack.enter_context(Pump(stream, *sinks, first=session.prefix_frames))
+                note = profiled.note_feed if profiled is not None else None
+                blocks_made = stack.enter_context(Pump(stream, *sinks, first=session.prefix_frames, note=note))
                 advance = stack.enter_context(progress_bar(console, count))
                 label = label_of(engine, script if begun == 0 else [])
                 record_blocks(blocks_made, count, advance, result, samples, label)

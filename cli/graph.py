@@ -6,11 +6,11 @@ import json
 import textwrap
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..errors import UsageError, quoted
+from ..errors import InferixError, UsageError, quoted
 from ..runtime.files import check_output, check_paths, write_atomically
 from ..schemes.layouts import AUTO, MOST_RANKS, choose_layout
 from .options import DEFAULT_MODEL, NAMES, PARALLEL, PRESET, parse_settings, parse_size
@@ -57,6 +57,9 @@ def graph(
     ),
     gpus: int = typer.Option(1, min=1, max=MOST_RANKS, metavar="N", help="The graph of one of this many ranks."),
     parallel: str | None = PARALLEL,
+    captured: bool = typer.Option(
+        False, "--captured", help="On a GPU: capture a stream's graphs and compare their nodes with the calls."
+    ),
     compiled: bool = typer.Option(True, "--compile/--no-compile", help="Compile the kernels of --dry-run."),
     vae: str | None = typer.Option(None, help="Decoder of --dry-run: taehv, or none.  [default: the model's own]"),
     assume: list[str] = typer.Option(
@@ -78,6 +81,10 @@ def graph(
     FLOPs and bytes by kind of work, a time predicted by a stated model, and what a CUDA graph could not capture, with
     exit code 1 if there is anything.
 
+    --captured runs a stream with random weights on a GPU until its window is full, reads each captured CUDA graph
+    through cuda-bindings and compares it with its program: a kernel that is missing or in another place, an extra copy,
+    a kernel on memory that its call does not touch. Exit code 1 if there is any.
+
     Example: inferix graph --model wan-tiny --preset self-forcing --svg block.svg
 
     Example: inferix graph --model wan-tiny --preset longlive --without adaln --without gelu
@@ -85,6 +92,8 @@ def graph(
     Example: inferix graph --model wan-tiny --preset krea --lowp fp8 --keep 'blocks.0.*' --pass recompute
 
     Example: inferix graph --model wan-tiny --dry-run cuda:90 --no-compile --assume attention=600
+
+    Example: inferix graph --model wan-1.3b --preset self-forcing --captured
 
     Example: inferix graph --preset krea --dry-run cuda:90 --no-compile --gpus 4 --parallel ulysses
 
@@ -132,6 +141,18 @@ def graph(
     elif assume or vae is not None or not compiled:
         option = "--assume" if assume else "--vae" if vae is not None else "--no-compile"
         raise UsageError(f"{option} is for --dry-run; give --dry-run cuda:90, too, or leave it out")
+    if captured:
+        given: dict[str, object] = {"--dry-run": dry_run, "--save": save, "--load": load, "--plan": plan}
+        given |= {"--svg": svg, "--pass": only}
+        given |= {"--with": with_, "--without": without, "--sessions": sessions > 1, "--gpus": gpus > 1}
+        given |= {"--parallel": parallel, "--names": names, "--layers": layers, "--keep": keep}
+        given |= {"--precision": precision != "reference", "--device": device}
+        if unfit := [option for option, value in given.items() if value]:
+            raise UsageError(f"--captured runs a stream as an engine does; leave {unfit[0]} out")
+        bits = {"lowp": lowp, "kv_dtype": kv_dtype}
+        overrides = parse_settings(settings) | {key: value for key, value in bits.items() if value}
+        print_captured(model, preset, size, dtype, overrides, as_json)
+        return
     stored, shard = save or load, ALONE
     if device is not None and stored is None:
         raise UsageError(f"--device is {quoted(device)}, which is only for stored graphs; give --save or --load, too")
@@ -250,13 +271,45 @@ def print_dry_run(
         sizes = family.chosen_decoder_spec(spec, vae == "taehv")
         latents = (builder.preset.num_frame_per_block, *builder.latent)
         make = partial(family.build_decoder, sizes)
-        runs.append(run_decoder(architecture, make, latents, builder.dtype, compiled))
+        runs.append(run_decoder(architecture, make, latents, builder.dtype, compiled, family.with_fast_layers))
     run = joined(runs)
     if as_json:
         typer.echo(json.dumps(facts(run, rates, block)))
     else:
         typer.echo(report(run, rates))
     for fault in (faults := run.faults()):
+        typer.echo(fault, err=True)
+    if faults:
+        raise typer.Exit(1)
+
+
+def print_captured(
+    model: str | None,
+    preset: str | None,
+    size: str | None,
+    dtype: str | None,
+    overrides: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Check the graphs that a stream of random weights captures on a GPU, and print them; exit code 1 for a fault."""
+    import torch
+
+    from ..bench.captured_check import check_graphs, faults_of, report
+    from ..bench.subject import Subject
+    from ..models.registry import default_preset, find_preset
+
+    if not torch.cuda.is_available():
+        raise InferixError("--captured reads CUDA graphs, and no GPU is available; --dry-run cuda:90 needs none")
+    scheme = preset or default_preset(model or DEFAULT_MODEL)
+    base = model or (find_preset(scheme).about.base if preset else DEFAULT_MODEL)
+    subject = Subject(
+        base, scheme, random_weights=True, size=parse_size(size) if size else None, device="cuda", dtype=dtype,
+        executor="captured", overrides=overrides,
+    )  # fmt: skip
+    results = check_graphs(subject)
+    faults = faults_of(results)
+    typer.echo(json.dumps(results) if as_json else report(results))
+    for fault in faults:
         typer.echo(fault, err=True)
     if faults:
         raise typer.Exit(1)

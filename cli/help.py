@@ -28,7 +28,7 @@ PANELS = {  # title: names of parameters, in all commands that have them
         "device", "dtype", "kv_dtype", "executor", "graphs", "precision", "memory", "gpu", "gpus", "parallel", "link",
         "goal", "tflops", "bandwidth",
     ),
-    "Output": ("out", "latents_only", "profile", "records", "drift_meter", "svg", "as_json", "table", "sink"),
+    "Output": ("out", "latents_only", "profile", "nvtx", "records", "drift_meter", "svg", "as_json", "table", "sink"),
 }  # fmt: skip
 
 

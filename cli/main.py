@@ -62,7 +62,7 @@ app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")
 
 
-OF_RANKS = (["generate"], ["play"])  # commands that several ranks run
+OF_RANKS = (["generate"], ["play"], ["serve"], ["bench", "parallel"])  # commands that several ranks run
 
 
 def print_version(value: bool) -> None:
@@ -93,7 +93,8 @@ def main() -> None:
 
     A rank above 0 of torchrun or srun takes everything from rank 0.
     """
-    if sys.argv[1:2] in OF_RANKS and {"RANK", "SLURM_STEP_NUM_TASKS"} & set(os.environ):
+    is_of_ranks = any(sys.argv[1 : 1 + len(words)] == words for words in OF_RANKS)
+    if is_of_ranks and {"RANK", "SLURM_STEP_NUM_TASKS"} & set(os.environ):
         from ..runtime.parallel.rank_process import serve_if_ranked
 
         serve_if_ranked()

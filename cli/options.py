@@ -22,8 +22,8 @@ OFFLINE = typer.Option(
 EXECUTOR_NAMES = ", ".join(EXECUTORS)
 EXECUTOR = typer.Option(
     None,
-    help=f"Executor of passes: {EXECUTOR_NAMES}.  [default: {default_executor('cuda')} on a GPU, else "
-    f"{default_executor('cpu')}]",
+    help=f"Executor of passes: {EXECUTOR_NAMES}.  [default: {default_executor('cuda')} on a GPU; on a CPU an engine of "
+    f"inferix export --cache, if there is one, else {default_executor('cpu')}]",
 )
 GPUS = typer.Option(
     None, metavar="N", help="GPUs for a pass, or processes with --device cpu.  [default: 1, or torchrun's ranks]"
@@ -133,3 +133,12 @@ def known_spec(model: str, **reading: Any) -> ModelSpec | None:
     if Path(model).exists():
         return read_checkpoint(model, **reading).spec
     return MODELS.get(PRESETS[model].about.base) if model in PRESETS else None
+
+
+def check_nvtx(nvtx: bool, device: str | None) -> None:
+    """UsageError for NVTX ranges on another device than a GPU."""
+    from ..runtime.config import default_device
+
+    device = device or default_device()
+    if nvtx and not device.startswith("cuda"):
+        raise UsageError(f"--nvtx marks work on a GPU, and device is {quoted(device)}; leave --nvtx out, or use cuda")

@@ -74,7 +74,9 @@ def workload(
     text = family.text_parameters(spec) if text_encoder else 0
     runs = executor or default_executor("cuda")
     executor_spec(runs, "--executor")
-    return Workload(spec, scheme, decoder, text, pictures, dtype, kv_dtype or dtype, sessions, executor=runs)
+    return Workload(
+        spec, scheme, decoder, text, pictures, dtype, kv_dtype or dtype, sessions, executor=runs, on_gpu=True
+    )
 
 
 def known_card(name: str) -> Card:

@@ -27,6 +27,7 @@ import numpy as np
 import typer
 
 from ..errors import InferixError, UsageError, quoted
+from ..runtime.executor_specs import AUTO
 from ..runtime.media import CONTAINERS, VideoWriter
 from ..runtime.sinks import Frames, Pump, Sink
 from ..schemes.camera import Camera, CameraMove
@@ -473,7 +474,7 @@ def play(
             spec = known_spec(named)
             preset = "tinyworld" if spec is None or spec.actions else None
         check_start(named, preset, {"--image": image})
-        parts: dict[str, Any] = {"base": base, "device": device, "executor": executor, "graphs": graphs}
+        parts: dict[str, Any] = {"base": base, "device": device, "executor": executor or AUTO, "graphs": graphs}
         engine = load(named, preset=preset, **parts, **ranks, **checks)
     has_camera = engine.spec.camera_channels is not None
     if not engine.spec.actions and not has_camera:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -15,15 +16,20 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import UsageError, quoted
+from ..runtime.executor_specs import AUTO
 from .options import (
     EXECUTOR,
     FORCE,
+    GPUS,
     OFFLINE,
+    PARALLEL,
     check_beside_engine,
+    check_nvtx,
     check_settings,
     check_start,
     parse_settings,
     parse_size,
+    ranks_of_launcher,
 )
 
 REWIND_BLOCKS = 12
@@ -74,6 +80,9 @@ def serve(
     checkpoint_every: int = typer.Option(
         0, min=0, metavar="N", help="Save each session every N blocks; it goes on from there after a crash. 0: never."
     ),
+    restart: bool = typer.Option(
+        False, "--restart", help="Start anew once the engine has ended, as after the end of a GPU's process."
+    ),
     image: Path | None = typer.Option(
         None, help="First picture of every session, for models that begin with one and follow a camera."
     ),
@@ -90,6 +99,11 @@ def serve(
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
     dtype: str | None = typer.Option(None, help="float32, bfloat16, float16.  [default: bfloat16 on a GPU]"),
     executor: str | None = EXECUTOR,
+    gpus: int | None = GPUS,
+    parallel: str | None = PARALLEL,
+    nvtx: bool = typer.Option(
+        False, "--nvtx", help="On a GPU: mark sessions, blocks, passes, decoding and sending for nsys profile."
+    ),
     settings: list[str] = typer.Option(
         [], "--set", metavar="KEY=VALUE", help="Field of the preset, or a setting of the engine; repeatable."
     ),
@@ -135,9 +149,16 @@ def serve(
     rules = ServeSettings(token=secret, folder=folder, shared=shared, image=image, **own, **limits)
     given: dict[str, Any] = {
         "model": model, "preset": preset, "base": base, "vae": vae, "device": device, "dtype": dtype,
-        "executor": executor,
+        "executor": executor, "parallel": parallel,
     }  # fmt: skip
-    check_beside_engine(exported, {f"--{name}": value for name, value in (*given.items(), ("size", size))})
+    check_nvtx(nvtx, device)
+    own_parts = {f"--{name}": value for name, value in (*given.items(), ("size", size), ("gpus", gpus))}
+    check_beside_engine(exported, own_parts)
+    if restart and (checkpoint_every == 0 or (folder or shared) is None):
+        raise UsageError(
+            "--restart goes on from checkpoints, and there are none; give --checkpoint-every and --folder or --shared"
+        )
+    given["gpus"] = gpus or ranks_of_launcher()
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("inferix.serve").setLevel(logging.INFO)
     if exported is None and (model is not None or preset is not None):
@@ -146,13 +167,16 @@ def serve(
         listener = stack.enter_context(listen(host, port, rules.token))
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inferix-serve-")))
         engine = load(
-            **({} if exported is not None else given), engine=exported, offline=offline, force=force,
+            **({} if exported is not None else given | {"executor": executor or AUTO}), engine=exported,
+            offline=offline, force=force,
             size=None if size is None else parse_size(size),
             limits=engine_limits(rules, None if memory is None else parse_bytes(memory)),
             rewind_blocks=rewind_blocks, **chosen,
         )  # fmt: skip
         if engine.spec.condition_channels and image is None:  # of a name of the hub
             raise UsageError(f"{quoted(engine.parts.source)} begins with an image, and there is none; give --image")
+        if nvtx:
+            engine.start_ranges()
         address = address_of(listener)
 
         def ready() -> None:
@@ -163,4 +187,7 @@ def serve(
                 typer.echo(f"{engine.parts.source}, preset {engine.preset.name}: open {address}")
             sys.stdout.flush()
 
-        run(Server(engine, rules, place), listener, ready, "info" if verbose else "warning")
+        lost = run(Server(engine, rules, place), listener, ready, "info" if verbose else "warning", restart)
+        again = ["--port", str(listener.getsockname()[1])]
+    if lost:  # in the place of this process, whose engine may have left anything behind
+        os.execv(sys.executable, [sys.executable, "-m", "inferix", *sys.argv[1:], *again])

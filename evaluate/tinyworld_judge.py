@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..models.tinyworld.data import HELD_OUT, random_walk
+from ..models.tinyworld.data import HELD_OUT, random_walk, straight
 from ..models.tinyworld.world import ACTIONS, FRAMES, MOVES, STEP, Scene, World, scenes
 from ..runtime.engine import Engine
 from .bootstrap import Interval, bootstrap_mean, bootstrap_ratio
@@ -25,6 +25,7 @@ from .tinyworld_walks import HERO, PREFIX, Log, Picture, Walk, generate, last_pi
 
 RESTS = {"rest_10s_changed": 20, "rest_60s_changed": 120}  # latent frames without a key until the land is compared
 LONG_REST = 480  # of rest_240s_changed
+AWAY = 12  # steps of a straight walk before the rest of rest_away_60s_changed: the first frame's land is out of view
 CIRCLE_STEPS = 1  # along each side: the window of six latent frames has seen the whole way
 CIRCLES = 30  # rounds, 60 s
 STRAIGHT = 120  # latent frames
@@ -86,16 +87,40 @@ def long_resting(engine: Engine, seeds: int, log: Log) -> Interval:
         rng = random.Random(400 + seed)
         before = random_walk(rng, rng.randint(0, 40))
         walk = simulate(rng.choice(scenes()), rng.randrange(1 << 19), ["stay"] * (PREFIX - 1), before)
-        actions = ["stay"] * (PREFIX - 1 + LONG_REST)
-        prompt, video = walk.scene.prompt, walk.pictures
-        with engine.open(prompt=prompt, seed=seed, video=video, actions=actions) as session:
-            for _ in session.stream(LONG_REST - 2, decode=False):
-                pass
-            session.current.decoder.clear()  # the frames before were not decoded
-            last = [block.frames[-1] for block in session.stream(2) if block.frames is not None][-1]
-        changed.append(land_changed(last, walk.ends[-1], still_land(walk.world)))
+        changed.append(changed_by_rest(engine, walk, LONG_REST, seed))
         log(f"long rest {seed + 1}/{seeds}: land changed {changed[-1]:.1%}")
     return bootstrap_mean(changed)
+
+
+def resting_away(engine: Engine, walks: int, log: Log) -> Interval:
+    """Share of the land that has changed after a rest of 60 s, far from the land of the stream's first frame.
+
+    The other rests begin a stream, whose first frame a model may see for ever, and so need no memory of their own.
+    """
+    changed = []
+    for index in range(walks):
+        rng = random.Random(700 + index)
+        scene, seed = rng.choice(scenes()), rng.randrange(1 << 19)
+        lead = straight(rng, AWAY, World(HELD_OUT + seed, scene)) + ["stay"] * (PREFIX - 1)
+        changed.append(changed_by_rest(engine, simulate(scene, seed, lead), max(RESTS.values()), index))
+        log(f"rest after a walk {index + 1}/{walks}: land changed {changed[-1]:.1%}")
+    return bootstrap_mean(changed)
+
+
+def changed_by_rest(engine: Engine, walk: Walk, rest: int, seed: int) -> float:
+    """Share of the land that has changed after a walk and a rest of `rest` latent frames; decodes only the last."""
+    last = rested(engine, walk, rest, seed)
+    return land_changed(last, walk.ends[-1], still_land(walk.world))
+
+
+def rested(engine: Engine, walk: Walk, rest: int, seed: int) -> Picture:
+    """Continue a walk with a rest of `rest` latent frames; return the last picture."""
+    actions = [*walk.actions, *["stay"] * rest]
+    with engine.open(prompt=walk.scene.prompt, seed=seed, video=walk.pictures, actions=actions) as session:
+        for _ in session.stream(rest - 2, decode=False):
+            pass
+        session.current.decoder.clear()  # the frames before were not decoded
+        return [block.frames[-1] for block in session.stream(2) if block.frames is not None][-1]
 
 
 def circling(engine: Engine, walks: int, log: Log) -> Interval:
@@ -120,27 +145,13 @@ def circle(rng: random.Random, rounds: int) -> Walk:
             return simulate(scene, seed, sides * rounds, before)
 
 
-def straight(world: World, rng: random.Random, length: int) -> list[str]:
-    """Draw actions that lead in one direction, and some steps to anywhere free where something stands in the way."""
-    ahead, actions, walked = rng.choice(ACTIONS[1:]), list[str](), copy.copy(world)
-    while len(actions) < length:
-        free = [
-            action for action, (dx, dy) in MOVES.items() if walked.free(walked.x + dx * STEP, walked.y + dy * STEP)
-        ]
-        action = ahead if ahead in free else rng.choice(free[1:] or ["stay"])  # the first is to stay
-        steps = [action] if action == ahead else [action] * rng.randint(1, 3)
-        walked.walk(steps)
-        actions += steps
-    return actions[:length]
-
-
 def straight_walks(engine: Engine, walks: int, log: Log) -> tuple[list[float], list[tuple[Picture, Picture]]]:
     """Streams of 60 s straight on, from a prompt alone: share of frames with the hero, and (pictures, simulator's)."""
     heroes, pairs = [], []
     for index in range(walks):
         rng = random.Random(600 + index)
         scene, seed = rng.choice(scenes()), rng.randrange(1 << 19)
-        actions = straight(World(HELD_OUT + seed, scene), rng, STRAIGHT - 1)
+        actions = straight(rng, STRAIGHT - 1, World(HELD_OUT + seed, scene))
         ends = last_pictures(engine, scene, actions, index, 1)[:, -1]
         heroes.append(hero_share(scene, ends[1:]))
         pairs.append((ends, simulate(scene, seed, actions).ends))
@@ -190,6 +201,7 @@ def judge(engine: Engine, walks: int, seeds: int, walking: Sequence[Walked], log
     figures = {
         **rests,
         "rest_240s_changed": long_resting(engine, seeds, log),
+        "rest_away_60s_changed": resting_away(engine, walks, log),
         "circle_changed": circling(engine, walks, log),
         "land_coverage": coverage([(ours[:, -1], true) for _, _, ours, true in walking]),
         "straight_coverage": coverage(straight_pairs),

@@ -35,9 +35,11 @@ from .programs import (
     FRAMES,
     PAST,
     DecoderPrograms,
+    EncoderPrograms,
     Program,
     check_model,
     decoder_programs,
+    encoder_programs,
     pass_programs,
     solver_matrix,
 )
@@ -57,6 +59,7 @@ def export_engine(
     size: tuple[int, int] | None = None,
     dtype: str = "float32",
     unroll: bool = False,
+    prefixes: bool = False,
     prompts: Sequence[str] = (),
     progress: Callable[[str], None] = lambda line: None,
     **settings: Any,
@@ -65,18 +68,26 @@ def export_engine(
 
     model, preset and settings are those of `load`. out: a new folder. prompts: those that the engine can follow, if its
     text encoder is not exported; without any, the default prompt. unroll: one program more, with all steps of a block.
+    prefixes: two more, with which streams can begin with an image or a video. dtype: of the stored weights.
     Raises UsageError for what the target cannot do, before weights are read, and for bad values.
     """
     name = default_model(preset) if model is None else str(model)
     fields = {key: value for key, value in settings.items() if key in FIELDS}
     scheme = make_preset(preset or default_preset(name), **fields)
     chosen = find_target(target)
-    check_target(chosen, scheme, dtype, unroll)
+    check_target(chosen, scheme, dtype, unroll, prefixes)
     progress(f"loading {name}")
-    engine = load(name, preset, device="cpu", executor="eager", dtype=dtype, size=size, **settings)
-    lines = list(prompts) or ([] if writes_words(engine) else [DEFAULT_PROMPT])
-    rows = {line: engine.inputs.prompt_rows(line, None, empty=True) for line in lines}
-    return write_engine(engine, out, engine.default_size if size is None else size, chosen, rows, unroll, progress)
+    engine = load(name, preset, device="cpu", executor="eager", dtype="float32", size=size, **settings)
+    rows = rows_of(engine, prompts)
+    return write_engine(
+        engine, out, engine.default_size if size is None else size, chosen, rows, unroll, prefixes, progress, dtype
+    )
+
+
+def rows_of(engine: Engine, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Rows of prompts, by text; without any, none for a word encoder, and those of the default prompt for others."""
+    lines = prompts or ([] if writes_words(engine) else [DEFAULT_PROMPT])
+    return {line: engine.inputs.prompt_rows(line, None, empty=True) for line in lines}
 
 
 def write_engine(
@@ -86,18 +97,29 @@ def write_engine(
     target: Target,
     prompts: Mapping[str, Tensor],
     unroll: bool = False,
+    prefixes: bool = False,
     progress: Callable[[str], None] = lambda line: None,
+    dtype: str = "float32",
 ) -> Path:
     """Write a loaded engine as a folder. prompts: rows [text_len, text_dim] by text; none to write the word encoder."""
     with new_folder(out) as folder, torch.no_grad():
         programs, decoder = describe_programs(engine, size, unroll)
+        encoder = describe_encoder(engine, size) if prefixes else None
+        if encoder is not None:
+            programs += encoder.programs
         writer: type[Writer] = resolve_name(target.writer)
-        with writer(folder) as file:
+        with writer(folder, dtype) as file:
             for program in [*programs, *decoder.programs]:
                 progress(f"exporting {program.name}")
                 file.write(program)
         text = write_text(engine, folder, prompts)
-        plan = describe_engine(engine, size, target, programs, decoder, text, writer.options)
+        options = writer.options | {"weights": dtype}
+        plan = describe_engine(engine, size, target, programs, decoder, text, options)
+        if encoder is not None:
+            plan["encoder"] = {
+                "first_pictures": engine.spec.first_pictures, "pictures": engine.spec.vae_stride[0],
+                "first_state": list(encoder.first_state), "state": [list(shape) for shape in encoder.shapes],
+            }  # fmt: skip
         plan["files"] = describe_files(folder)
         (folder / FILE).write_text(json.dumps(plan, indent=1) + "\n", "utf-8")
     return Path(out)
@@ -115,6 +137,14 @@ def describe_programs(engine: Engine, size: tuple[int, int], unroll: bool) -> tu
     latent = spec.latent_size(size)
     decoder = decoder_programs(engine.parts.vae, spec.out_channels, *latent, preset.context.decoder_zero_start)
     return programs, decoder
+
+
+def describe_encoder(engine: Engine, size: tuple[int, int]) -> EncoderPrograms:
+    """The programs of the encoder. UsageError for a decoder that has none."""
+    vae = engine.parts.vae
+    if not vae.spec.encodes:
+        raise UsageError("prefixes is True, but the tiny decoder of vae has no encoder; leave one of them out")
+    return encoder_programs(vae, size, engine.spec.first_pictures, engine.spec.vae_stride[0])
 
 
 def writes_words(engine: Engine) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from ..runtime.execution.executors import Frames, Text
 from ..runtime.execution.loading import Components
 from ..runtime.executor_specs import MODEL_EXECUTORS, ExecutorSpec
 from ..runtime.limits import Limits
+from ..runtime.sampler import Sampler
 from ..runtime.telemetry.profile import Profile
 from ..schemes.presets import FIELDS, Preset, with_settings
 from .backends import LoadProgram, Program, program_loader
@@ -78,7 +79,7 @@ def exported_components(plan: Plan, preset: Preset, programs: Mapping[str, Progr
     table = PromptTable(plan["text"], plan.folder)
     return Components(
         transformer=transformer,
-        vae=ExportedDecoder(sizes, plan["decoder"], programs, preset.context.decoder_zero_start),
+        vae=ExportedDecoder(sizes, plan, programs, preset.context.decoder_zero_start),
         text=lambda: ExportedText(table),
         source=plan["model"]["source"],
         form="exported",
@@ -107,34 +108,56 @@ class ExportedText:
 
 
 class ExportedDecoder(Decoder):
-    """A decoder by programs; the slots of its state are those of the plan."""
+    """A decoder by programs, and an encoder where the engine has one; slots of their states are those of the plan."""
 
-    def __init__(
-        self, spec: DecoderSpec, facts: Mapping[str, Any], programs: Mapping[str, Program], zero_start: bool
-    ) -> None:
+    name = "ExportedDecoder"
+
+    def __init__(self, spec: DecoderSpec, plan: Plan, programs: Mapping[str, Program], zero_start: bool) -> None:
         super().__init__()
-        self.spec, self.facts, self.programs, self.zero_start = spec, facts, programs, zero_start
+        self.spec, self.programs, self.zero_start = spec, programs, zero_start
+        self.decoder, self.encoder = plan["decoder"], plan.encoder
 
-    def encode(self, pixels: Tensor, state: StreamState) -> NoReturn:
-        raise UsageError("an exported engine has no encoder; begin without an image or video, or load the model itself")
+    def encode(self, pixels: Tensor, state: StreamState) -> Tensor:
+        """Encode pixels [T, 3, H, W] in [-1, 1] to normalised latents [F, z, h, w]; advances `state`.
+
+        UsageError for an engine that was exported without an encoder.
+        """
+        facts = self.encoder
+        if facts is None:
+            raise UsageError("this engine was exported without an encoder; begin without an image or video, or export "
+                             "it with prefixes")  # fmt: skip
+        begun = [] if state.frames else [facts["first_pictures"]]
+        later = (len(pixels) - sum(begun)) // facts["pictures"]
+        latents = [
+            self.advance("encode_next" if state.frames else "encode_first", {"pixels": part}, facts, state)["latents"]
+            for part in pixels.split([*begun, *[facts["pictures"]] * later])
+        ]
+        return torch.cat(latents)
 
     def decode(self, latents: Tensor, state: StreamState) -> Tensor:
         """Decode normalised latents [F, z, h, w] to pixels [T, 3, H, W] in [-1, 1]; advances `state`."""
         pixels = []
         for frame in latents.split(1):
             begins = state.frames == 0
-            values = {
-                f"state_{slot}": state.history[slot].numpy() if slot in state.history else np.zeros(shape, np.float32)
-                for slot, shape in enumerate(self.facts["state"])
-            }
-            program = self.programs[self.facts["first"] if begins else "decode_next"]
-            made = program(values | {"latents": frame.numpy()})
-            results = {name: torch.from_numpy(value) for name, value in made.items()}
-            pictures = results.pop("pixels")
-            pixels.append(pictures[-self.facts["first_pictures"] :] if begins else pictures)
-            state.history |= {int(name.removeprefix("next_")): value for name, value in results.items()}
-            state.frames += 1
+            name = self.decoder["first"] if begins else "decode_next"
+            pictures = self.advance(name, {"latents": frame}, self.decoder, state)["pixels"]
+            pixels.append(pictures[-self.decoder["first_pictures"] :] if begins else pictures)
         return torch.cat(pixels)
+
+    def advance(
+        self, name: str, values: Mapping[str, Tensor], facts: Mapping[str, Any], state: StreamState
+    ) -> dict[str, Tensor]:
+        """Run a program over one latent frame and a state, and store the next state; returns the other results."""
+        slots = {
+            f"state_{slot}": state.history[slot].numpy() if slot in state.history else np.zeros(shape, np.float32)
+            for slot, shape in enumerate(facts["state"])
+        }
+        made = self.programs[name](slots | {key: value.contiguous().numpy() for key, value in values.items()})
+        results = {key: torch.from_numpy(value) for key, value in made.items()}
+        following = {key for key in results if key.startswith("next_")}
+        state.history |= {int(key.removeprefix("next_")): results.pop(key) for key in sorted(following)}
+        state.frames += 1
+        return results
 
 
 class ExportedExecutor:
@@ -144,6 +167,8 @@ class ExportedExecutor:
 
     def __init__(self, programs: Mapping[str, Program], rope: Rope, preset: Preset) -> None:
         self.programs, self.rope, self.context_timestep = programs, rope, preset.sampler.context_noise
+        sampler = Sampler(preset.sampler)
+        self.denoises_at_context = self.context_timestep in (*sampler.timesteps, *sampler.first.timesteps)
 
     def condition(self, rows: Tensor) -> dict[str, Any]:
         return self.programs["prompt"]({"rows": rows[None].numpy()})
@@ -170,12 +195,17 @@ class ExportedExecutor:
         actions: Tensor | None,
         given: Frames | None = None,
     ) -> Tensor:
-        """Run `step`, and for a pass over clean latents `commit`, whose keys and values go to its pages."""
+        """Run `step`, or for a pass over clean latents `commit`, whose keys and values go to its pages.
+
+        A commit has no use for a velocity, and may have more frames than `step` takes: its velocity is 0.
+        """
         values, own, stores = self.inputs(latents, timesteps, text, attention, actions)
         if bool((timesteps == self.context_timestep).all()):
             for name, value in self.programs["commit"](values).items():
                 _, part, layer = name.split("_")
                 stores[int(layer)][int(part == "v"), own] = torch.from_numpy(value)
+            if not self.denoises_at_context:
+                return torch.zeros_like(latents)
         return torch.from_numpy(self.programs["step"](values)["velocity"])
 
     def inputs(
@@ -215,6 +245,7 @@ class ExportedExecutor:
         seeds: Sequence[int],
         actions: Tensor | None,
         given: Frames | None = None,
+        before: tuple[Tensor, KeyValues] | None = None,
     ) -> Tensor:
         raise AssertionError("an exported engine runs pass by pass")
 

@@ -44,6 +44,11 @@ class Plan:
         hashes = "".join(facts["sha256"] for _, facts in sorted(self.values["files"].items()))
         return hashlib.sha256(hashes.encode()).hexdigest()[:16]
 
+    @property
+    def encoder(self) -> dict[str, Any] | None:
+        """The plan's part on the encoder; None if the engine has none."""
+        return self.values.get("encoder")
+
     def program(self, name: str) -> Path | None:
         """The file of a program; None if the engine has none."""
         entry = self.values["programs"].get(name)

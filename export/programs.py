@@ -3,7 +3,7 @@
 `prompt`: rows of the text encoder to cross-attention keys and values. `step`: one denoising pass, to the velocity.
 `commit`: a pass over clean latents, to the keys and values of its frames; over more frames it is a recache. `steps`:
 all steps of a block, to clean latents. `decode_first`, `decode_next`: one latent frame to pictures, with the decoder's
-state as inputs and outputs.
+state as inputs and outputs. `encode_first`, `encode_next`: pictures of one latent frame to latents, likewise.
 
 The past is one tensor of keys and one of values per layer, [past, tokens of a frame, heads, channels], with the frames
 of the pass behind it; so no program scatters. Keys are stored rotated at their own position. Where positions move with
@@ -181,6 +181,31 @@ class DecodeFrame(nn.Module):
         return pixels, *(stream.history[slot] for slot in self.slots if slot in stream.history)
 
 
+class EncodeFrame(nn.Module):
+    """Pictures [T, 3, H, W] in [-1, 1] of one latent frame to its latents [1, z, h, w], then the state of each slot.
+
+    first: the frame begins a stream and there is no state.
+    """
+
+    def __init__(self, vae: Decoder, slots: Sequence[int], first: bool) -> None:
+        super().__init__()
+        self.vae, self.slots, self.first = vae, tuple(slots), first
+
+    def forward(self, pixels: Tensor, state: list[Tensor]) -> tuple[Tensor, ...]:
+        stream = StreamState(dict(zip(self.slots, state, strict=False)), 0 if self.first else 1)
+        latents = self.vae.encode(pixels, stream)
+        return latents, *(stream.history[slot] for slot in self.slots if slot in stream.history)
+
+
+@dataclass(frozen=True)
+class EncoderPrograms:
+    """Programs of an encoder, the shape of each slot of its state, zero at first, and slots that the first returns."""
+
+    programs: tuple[Program, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    first_state: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class DecoderPrograms:
     """Programs of a decoder, the shape of each slot of its state, zero at first, and how a stream begins.
@@ -306,6 +331,28 @@ def decoder_programs(vae: Decoder, channels: int, height: int, width: int, zero_
         return DecoderPrograms((following,), shapes, "decode_next", every, kept, pictures)
     first = describe("decode_first", True, [], indices)
     return DecoderPrograms((first, following), shapes, "decode_first", indices, kept, pictures)
+
+
+def encoder_programs(vae: Decoder, size: tuple[int, int], first: int, later: int) -> EncoderPrograms:
+    """Programs of an encoder, its slots read off a stream of two frames. first, later: pictures of a latent frame."""
+    width, height = size
+    blanks = [torch.zeros(count, 3, height, width) for count in (first, later)]
+    state, seen = vae.new_state(), list[list[int]]()
+    for blank in blanks:
+        vae.encode(blank, state)
+        seen.append(sorted(state.history))
+    at_first, slots = seen
+    shapes = tuple(tuple(state.history[slot].shape) for slot in slots)
+    indices = tuple(slots.index(slot) for slot in at_first)
+
+    def describe(name: str, blank: Tensor, given: list[Tensor], results: Sequence[int]) -> Program:
+        names = ("pixels", *(f"state_{index}" for index in range(len(given))))
+        returned = ("latents", *(f"next_{index}" for index in results))
+        inputs = {"pixels": blank, "state": given}
+        return Program(name, EncodeFrame(vae, slots, not given), inputs, {key: {} for key in inputs}, names, returned)
+
+    following = describe("encode_next", blanks[1], [torch.zeros(shape) for shape in shapes], range(len(slots)))
+    return EncoderPrograms((describe("encode_first", blanks[0], [], indices), following), shapes, indices)
 
 
 def begins_as_it_goes_on(

@@ -11,7 +11,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,16 +23,17 @@ from ..errors import InferixError, UsageError, exit_code, one_line, quoted
 from ..graphs.passes import Pass
 from ..runtime.files import check_paths, write_atomically
 from ..runtime.media import CONTAINERS, VideoWriter
+from ..runtime.media_input import read_image, read_video
 from ..runtime.y4m import STDOUT, Y4mWriter
 from ..schemes.actions import ActionTrack, check_action, read_actions
 from ..schemes.block_schedule import BlockProgress, commit_pass, denoise_passes, recache_pass
-from ..schemes.fixed_window import FixedWindow
 from ..schemes.page_needs import window
 from ..schemes.storyboard import Cue, schedule
 from ..schemes.timeline import Span, Timeline
 from .backends import LoadProgram, Values, program_loader
-from .numerics import Array, normals, rotated
-from .plan import FILE, Plan, read_plan
+from .branch import Branch
+from .numerics import Array, normals
+from .plan import FILE, read_plan
 from .word_table import PromptTable
 
 SEEN = 256  # least length in pixels of a video's longer side: smaller pictures are enlarged
@@ -54,9 +55,13 @@ class ExportedEngine:
         self.prompts = PromptTable(self.plan["text"], self.plan.folder)
 
     def open(
-        self, prompt: str, seed: int = 0, actions: Sequence[str] = (), negative_prompt: str | None = None
-    ) -> Stream:
-        """Begin a stream. UsageError for a prompt or an action that the engine does not know."""
+        self, prompt: str, seed: int = 0, actions: Sequence[str] = (), negative_prompt: str | None = None,
+        prefix: Array | None = None,
+    ) -> Stream:  # fmt: skip
+        """Begin a stream. prefix: pictures uint8 [T, H, W, 3] that it continues.
+
+        UsageError for a prompt, an action or a prefix that the engine does not know.
+        """
         if not 0 <= seed < 1 << 64:
             raise UsageError(f"seed is {seed}; expected a whole number in 0..2**64-1")
         guided = self.plan["sampler"]["guidance_scale"] != 1
@@ -64,54 +69,10 @@ class ExportedEngine:
             expected = "one, for a preset with guidance" if guided else "none, for a preset without guidance"
             raise UsageError(f"negative_prompt is {quoted(negative_prompt)}; expected {expected}")
         texts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
-        return Stream(self, [self.prompts.encode(text) for text in texts], seed, actions)
-
-
-class Branch:
-    """A past under one prompt: cross keys by input name, and keys and values of the frames in each slot."""
-
-    def __init__(self, plan: Plan, text: Values) -> None:
-        size, model = plan["size"], plan["model"]
-        shape = (window(plan.preset), size["tokens"], model["heads"], model["channels"])
-        names = [f"{part}_{layer}" for layer in range(model["layers"]) for part in "kv"]
-        self.text, self.slots, self.frequencies = text, FixedWindow(), plan["rope"]["frequencies"]
-        self.past = {name: np.zeros(shape, np.float32) for name in names}
-        self.pending: tuple[int, ...] = ()  # frames whose keys and values are in `new` and not yet in slots
-        self.new: Values = {}
-        self.stored: dict[int, int] = {}  # position at which a frame's keys were rotated
-        self.shift: dict[int, int] = {}  # how much further they are rotated in their slot; 0 but for a moving sink
-        self.originals: dict[int, Values] = {}  # keys as stored, of frames that have been rotated further
-
-    def keep(self, frames: Sequence[int], positions: Sequence[int], new: Values) -> None:
-        """Take the keys and values that a pass left for its frames, at these positions."""
-        self.pending, self.new = tuple(frames), new
-        self.stored |= dict(zip(frames, positions, strict=True))
-        self.shift |= dict.fromkeys(frames, 0)
-        self.originals = {frame: keys for frame, keys in self.originals.items() if frame not in frames}
-
-    def bind(self, past: Mapping[int, int]) -> Values:
-        """Bring the slots up to date for a pass that sees `past`, frames with their positions as the pass counts them.
-
-        Returns the inputs of the past and the prompt.
-        """
-        update = self.slots.update(past, self.pending)
-        for name, slots in self.past.items():
-            for frame, slot in update.writes:
-                slots[slot] = self.new[f"new_{name}"][self.pending.index(frame)]
-            for source, slot in update.moves:
-                slots[slot] = slots[source]
-        self.pending, self.new = (), {}
-        for slot, frame in enumerate(self.slots.frames):
-            if (shift := past[frame] - self.stored[frame]) != self.shift[frame]:
-                keys = {name: slots for name, slots in self.past.items() if name.startswith("k")}
-                original = self.originals.setdefault(frame, {name: slots[slot].copy() for name, slots in keys.items()})
-                for name, slots in keys.items():
-                    slots[slot] = rotated(original[name], shift * np.array(self.frequencies))
-                self.shift[frame] = shift
-        for known in (self.stored, self.shift, self.originals):
-            for frame in known.keys() - past.keys():
-                del known[frame]
-        return self.text | {f"past_{name}": slots[: len(past)] for name, slots in self.past.items()}
+        stream = Stream(self, [self.prompts.encode(text) for text in texts], seed, actions)
+        if prefix is not None:
+            stream.begin_with(prefix)
+        return stream
 
 
 @dataclass(frozen=True)
@@ -140,6 +101,39 @@ class Stream:
         self.latents: dict[int, Array] = {}  # clean latents by frame, as far back as a recache goes
         self.state = [np.zeros(shape, np.float32) for shape in plan["decoder"]["state"]]
         self.decoded = 0
+        self.prefix_frames: Array | None = None  # of the pictures that it began with, decoded
+
+    def begin_with(self, pictures: Array) -> None:
+        """Encode pictures, the end of a video kept, commit them block by block, and decode them."""
+        facts, (width, height) = self.plan.encoder, self.plan["size"]["picture"]
+        if facts is None:
+            raise UsageError("prefix is given, but the engine has no encoder; export it again with --prefixes")
+        if pictures.dtype != np.uint8 or pictures.shape[1:] != (height, width, 3):
+            expected = f"uint8 [T, {height}, {width}, 3]"
+            raise UsageError(f"prefix is {pictures.dtype} {list(pictures.shape)}; expected {expected}")
+        first, later = facts["first_pictures"], facts["pictures"]
+        if len(pictures) == 1:
+            pictures = pictures.repeat(first, axis=0)
+        preset = self.plan.preset
+        frames = preset.whole_blocks((len(pictures) - first) // later + 1)
+        if frames == 0:
+            least = (preset.block_size(0) - 1) * later + first
+            raise UsageError(f"prefix has {len(pictures)} pictures; expected {least} or more, as many as a block")
+        pictures = pictures[len(pictures) - (frames - 1) * later - first :]
+        state, latents = [np.zeros(shape, np.float32) for shape in facts["state"]], list[Array]()
+        for part in np.split(pictures, range(first, len(pictures), later)):
+            values = {f"state_{slot}": value for slot, value in enumerate(state)}
+            values["pixels"] = np.ascontiguousarray(part.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1
+            results = self.engine.programs["encode_next" if latents else "encode_first"](values)
+            state = [results.get(f"next_{slot}", value) for slot, value in enumerate(state)]
+            latents.append(results["latents"])
+        made = []
+        while self.timeline.next_frame < frames:
+            span = self.timeline.admit(given=True)
+            block = np.concatenate(latents[span.frames.start : span.frames.stop])
+            self.commit(span, block)
+            made.append(self.decode(block))
+        self.prefix_frames = np.concatenate(made)
 
     def prompt(self, text: str) -> None:
         """Follow another prompt from the next block on, as the preset's `prompt_switch` says."""
@@ -278,6 +272,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt-at", nargs=2, action="append", default=[], metavar=("SECONDS", "PROMPT"),
                         help="change the prompt at a time; repeatable")  # fmt: skip
     parser.add_argument("--negative-prompt", help="content to avoid, for presets with guidance")
+    parser.add_argument("--image", type=Path, help="first picture, for engines of inferix export --prefixes")
+    parser.add_argument("--video", type=Path, help="video to continue, likewise")
     parser.add_argument("--actions", help="one per latent frame, such as '8R 4U stay'")
     parser.add_argument("--blocks", type=int, help="length in blocks")
     parser.add_argument("--seconds", type=float, help="length in seconds, rounded up to whole blocks")
@@ -295,7 +291,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     out = options.out or Path("out.mp4" if find_spec("av") else "out.y4m")
     if out != STDOUT and out.suffix not in (".y4m", *CONTAINERS):
         raise UsageError(f"--out {quoted(out)} must end in one of .y4m, {', '.join(CONTAINERS)}")
-    check_paths({"engine": options.engine / FILE}, {"--out": out, "--latents": options.latents})
+    if options.image and options.video:
+        raise UsageError("--image and --video both begin the stream; give one of them")
+    inputs = {"engine": options.engine / FILE, "--image": options.image, "--video": options.video}
+    check_paths(inputs, {"--out": out, "--latents": options.latents})
     engine = ExportedEngine(options.engine, options.threads)
     plan, defaults, preset = engine.plan, engine.plan["defaults"], engine.plan.preset
     fps, stride, size = plan["model"]["fps"], plan["size"]["pictures_per_latent"], tuple(plan["size"]["picture"])
@@ -309,15 +308,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if count < 1 or (script and preset.blocks_for_frames(len(script) + 1) != count):
         raise UsageError(f"the length is {count} blocks, with {len(script)} actions; expected one block or more, and "
                          "one action for each latent frame but the first")  # fmt: skip
-    cues = schedule([Cue(float(at), text) for at, text in options.prompt_at], preset, count, fps, stride)
     prompt, seed = options.prompt or defaults["prompt"], defaults["seed"] if options.seed is None else options.seed
-    stream = engine.open(prompt, seed, script, options.negative_prompt)
+    stream = engine.open(prompt, seed, script, options.negative_prompt, read_prefix(options, size, fps))
+    cues = [Cue(float(at), text) for at, text in options.prompt_at]
+    changes = schedule(cues, preset, count, fps, stride, stream.timeline.next_frame)
     latents, begun, frames = [], time.perf_counter(), 0
     scale = max(1, SEEN // max(size))
     with Y4mWriter(out, fps, size) if out.suffix not in CONTAINERS else VideoWriter(out, fps, size, scale) as writer:
+        if stream.prefix_frames is not None:
+            writer.add(stream.prefix_frames)
+            frames += len(stream.prefix_frames)
         for index in range(count):
-            if index in cues:
-                stream.prompt(cues[index])
+            if index in changes:
+                stream.prompt(changes[index])
             block = stream.next_block()
             assert block.frames is not None
             writer.add(block.frames)
@@ -331,6 +334,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         write_atomically(options.latents, lambda part: save_array(part, made))
         outputs.append(str(options.latents))
     return {"blocks": count, "frames": frames, "seconds": time.perf_counter() - begun, "outputs": outputs}
+
+
+def read_prefix(options: argparse.Namespace, size: tuple[int, int], fps: int) -> Array | None:
+    """The pictures of --image or --video, which Pillow or PyAV reads; None without either."""
+    if options.image is not None:
+        picture: Array = read_image(options.image, size)
+        return picture[None]
+    return None if options.video is None else read_video(options.video, size, fps)
 
 
 def save_array(path: Path, values: Array) -> None:

@@ -16,6 +16,7 @@ FEATURES = {  # what a preset or a command may ask of an engine
     "one block in flight": "window_blocks 1: each block is denoised alone",
     "several blocks in flight": "window_blocks above 1, as in rolling-forcing",
     "recomputed context": "segment_frames above 0 or commit false, as in causvid and krea",
+    "commit in the next pass": "commit_in_next true",
     "averaged sink": "sink_decay below 1",
     "context by noise level": "noise2clean_kvrange, clean_chunk_kvrange or clean_text null",
     "several sets of weights": "clean_weights memory, or boundary_ratio above 0",
@@ -27,10 +28,13 @@ FEATURES = {  # what a preset or a command may ask of an engine
     "channels of frames": "image channels: an image and a camera beside the latents, as in lingbot-v2",
     "scene cuts": "shot_offset above 0",
     "unrolled steps": "--unroll: all steps of a block in one program",
-    "float32": "--dtype float32",
+    "prefixes": "--prefixes: streams that begin with an image or a video",
+    "pasted pictures": "--prefixes with image paste or clamp: given frames in a block of others",
+    "float32": "--dtype float32: weights are stored in it; passes are always in float32",
     "float16": "--dtype float16",
     "bfloat16": "--dtype bfloat16",
 }
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -64,15 +68,17 @@ class Target:
 
 
 SINGLE = frozenset(FEATURES) - {
-    "several blocks in flight", "recomputed context", "averaged sink", "context by noise level",
-    "several sets of weights", "endless window", "channels of frames", "float16", "bfloat16",
+    "several blocks in flight", "recomputed context", "commit in the next pass", "averaged sink",
+    "context by noise level", "several sets of weights", "endless window", "channels of frames", "pasted pictures",
+    "float16", "bfloat16",
 }  # fmt: skip
+HALF = SINGLE | {"float16"}
 HERE = __package__
 EVERY = (
     Target("onnx", ".onnx", ("onnx", "onnxscript"), "onnx", f"{HERE}.to_onnx:OnnxWriter",
-           f"{HERE}.backends:OnnxRuntime", "onnxruntime", SINGLE, "CPU, by ONNX Runtime"),
+           f"{HERE}.backends:OnnxRuntime", "onnxruntime", HALF, "CPU, by ONNX Runtime"),
     Target("openvino", ".xml", ("onnx", "onnxscript", "openvino"), "openvino", f"{HERE}.to_openvino:OpenVinoWriter",
-           f"{HERE}.backends:OpenVino", "openvino", SINGLE, "CPU, by OpenVINO"),
+           f"{HERE}.backends:OpenVino", "openvino", HALF, "CPU, by OpenVINO"),
     Target("aoti", ".pt2", ("torch",), "", f"{HERE}.to_aoti:AotiWriter", f"{HERE}.backends:AotInductor", "torch",
            SINGLE, "CPU, by torch"),
     Target("tensorrt", ".engine", ("onnx", "onnxscript", "tensorrt"), "tensorrt", f"{HERE}.to_tensorrt:TensorRtWriter",
@@ -93,13 +99,14 @@ def find_target(name: str) -> Target:
     return target
 
 
-def needed_features(preset: Preset, dtype: str, unroll: bool) -> list[str]:
+def needed_features(preset: Preset, dtype: str, unroll: bool, prefixes: bool = False) -> list[str]:
     """Features that an engine of a preset needs, in the table's order."""
     context = preset.context
     asked = {
         "one block in flight": preset.window_blocks == 1,
         "several blocks in flight": preset.window_blocks > 1,
         "recomputed context": context.segment_frames > 0 or not context.commit,
+        "commit in the next pass": context.commit_in_next,
         "averaged sink": context.sink_decay < 1,
         "context by noise level": context.has_key_ranges or context.clean_text != "prompt",
         "several sets of weights": len(preset.weight_sets) > 1,
@@ -111,14 +118,19 @@ def needed_features(preset: Preset, dtype: str, unroll: bool) -> list[str]:
         "channels of frames": context.image == "channels",
         "scene cuts": context.shot_offset > 0,
         "unrolled steps": unroll,
+        "prefixes": prefixes,
+        "pasted pictures": prefixes and context.image in ("paste", "clamp"),
         dtype: True,
     }
     return [feature for feature in FEATURES if asked.get(feature)]
 
 
-def check_target(target: Target, preset: Preset, dtype: str, unroll: bool) -> None:
+def check_target(target: Target, preset: Preset, dtype: str, unroll: bool, prefixes: bool = False) -> None:
     """UsageError for a preset or a setting that needs what the target cannot."""
-    if lacking := [feature for feature in needed_features(preset, dtype, unroll) if feature not in target.can]:
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype is {quoted(dtype)}{nearest(dtype, DTYPES)}; expected one of {', '.join(DTYPES)}")
+    needed = needed_features(preset, dtype, unroll, prefixes)
+    if lacking := [feature for feature in needed if feature not in target.can]:
         listed = "; ".join(f"{feature} ({FEATURES[feature]})" for feature in lacking)
         raise UsageError(
             f"target {target.name} cannot export preset {preset.name} in {dtype}: it has no {listed}; "

@@ -19,7 +19,8 @@ class AotiWriter:
 
     options: ClassVar[dict[str, Any]] = {"cpu": torch.backends.cpu.get_cpu_capability()}
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: str = "float32") -> None:
+        assert dtype == "float32", "no feature of the target"
         self.folder = folder
         compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
         if not any(map(shutil.which, compilers)):

@@ -22,6 +22,7 @@ OPSET = 23
 WEIGHTS = "weights.bin"
 ALIGNMENT = 4096  # of each tensor in the file of weights: a page of memory
 LEAST_EXTERNAL = 1024  # bytes; smaller tensors stay in the program
+WEIGHTED = ("MatMul", "Gemm", "Conv")  # operators whose weights may be stored in float16
 
 
 class WeightFile:
@@ -48,8 +49,8 @@ class OnnxWriter:
 
     options: ClassVar[dict[str, Any]] = {"opset": OPSET}
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.weights = folder, WeightFile(folder / WEIGHTS)
+    def __init__(self, folder: Path, dtype: str = "float32") -> None:
+        self.folder, self.dtype, self.weights = folder, dtype, WeightFile(folder / WEIGHTS)
 
     def __enter__(self) -> Self:
         return self
@@ -58,15 +59,20 @@ class OnnxWriter:
         self.weights.file.close()
 
     def write(self, program: Program) -> None:
-        import onnx_ir
-
         with quiet(), torch.no_grad():
             result = torch.onnx.export(
                 trace(program), dynamo=True, opset_version=OPSET, verbose=False,
                 input_names=list(program.names), output_names=list(program.results),
             )  # fmt: skip
         assert result is not None
-        model = result.model
+        self.save(result.model, program.name)
+
+    def save(self, model: Any, name: str) -> None:
+        """Save the `onnx_ir` model of a program, its large tensors in the file of weights."""
+        import onnx_ir
+
+        if self.dtype == "float16":
+            store_in_half(model)
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if tensor is not None and tensor.nbytes >= LEAST_EXTERNAL:
@@ -76,18 +82,46 @@ class OnnxWriter:
                 value.const_value = onnx_ir.ExternalTensor(
                     WEIGHTS, offset, length, tensor.dtype, shape=shape, name=value.name or "", base_dir=self.folder
                 )
-        onnx_ir.save(model, self.folder / f"{program.name}.onnx")
+        onnx_ir.save(model, self.folder / f"{name}.onnx")
+
+
+def store_in_half(model: Any) -> None:
+    """Store the weights of matrices and convolutions in float16, with a Cast to float32 behind each.
+
+    What is computed stays float32. A weight beyond the range of float16 is stored as it is.
+    """
+    import onnx_ir
+
+    graph = model.graph
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        used = {use.node.op_type for use in value.uses()}
+        if tensor is None or tensor.dtype != onnx_ir.DataType.FLOAT or not used or not used <= set(WEIGHTED):
+            continue
+        content = tensor.numpy()
+        if content.nbytes < LEAST_EXTERNAL or np.abs(content).max() > np.finfo(np.float16).max:
+            continue
+        half = onnx_ir.tensor(content.astype(np.float16), name=f"{name}.float16")
+        kind, shape = onnx_ir.TensorType(onnx_ir.DataType.FLOAT16), onnx_ir.Shape(content.shape)
+        stored = onnx_ir.Value(name=half.name, shape=shape, type=kind, const_value=half)
+        cast = onnx_ir.node("Cast", [stored], attributes={"to": int(onnx_ir.DataType.FLOAT)}, name=f"{name}.cast")
+        (single,) = cast.outputs
+        single.name, single.shape, single.type = f"{name}.float32", value.shape, value.type
+        value.replace_all_uses_with(single)
+        del graph.initializers[name]
+        graph.register_initializer(stored)
+        graph.insert_before(graph[0], cast)
 
 
 class ConvertingWriter:
     """Writes programs as ONNX into a folder that is removed at the end, for a target that converts them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, dtype: str = "float32") -> None:
+        self.folder, self.dtype = folder, dtype
 
     def __enter__(self) -> Self:
         self.place = TemporaryDirectory(dir=self.folder.parent)
-        self.onnx = OnnxWriter(Path(self.place.name))
+        self.onnx = OnnxWriter(Path(self.place.name), self.dtype)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -18,12 +18,12 @@ from .programs import Program
 class Writer(Protocol):
     """Writes the programs of an engine into its folder, in the format of one target; a context manager.
 
-    options: build options, for the plan.
+    options: build options, for the plan. dtype: of the stored weights, one that the target has.
     """
 
     options: ClassVar[dict[str, Any]]
 
-    def __init__(self, folder: Path) -> None: ...
+    def __init__(self, folder: Path, dtype: str = "float32") -> None: ...
 
     def __enter__(self) -> Self: ...
 

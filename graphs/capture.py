@@ -45,10 +45,13 @@ class CaptureBackend(Protocol):
 
 
 class CudaGraphs:
-    """CUDA graphs of one device. They share a memory pool, since no call's private memory outlives the call."""
+    """CUDA graphs of one device. They share a memory pool, since no call's private memory outlives the call.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    inspect: called with the driver's handle of each captured graph; without it torch keeps none.
+    """
+
+    def __init__(self, device: torch.device, inspect: Callable[[int], object] | None = None) -> None:
+        self.device, self.inspect = device, inspect
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
@@ -66,13 +69,16 @@ class CudaGraphs:
         torch.cuda.synchronize(self.device)
         # A collection while recording could free device memory, which is not allowed there.
         gc.collect()
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=self.inspect is not None)
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 launch()
         except RuntimeError as error:
             self.leave_capture(current)
             raise CaptureFailed(str(first_cause(error)).splitlines()[0]) from error
+        if self.inspect is not None:
+            self.inspect(graph.raw_cuda_graph())
+            graph.instantiate()
         return graph.replay
 
     def leave_capture(self, current: torch.cuda.Stream) -> None:

@@ -28,7 +28,11 @@ PACKED = "packed matmul"  # of FP8 or INT8 numbers
 ATEN: dict[str, tuple[str, ...]] = {  # ops of torch by kind of work; pointwise ones are known by their tag
     "matmul": ("mm", "addmm", "_addmm_activation", "bmm", "baddbmm", "convolution"),
     PACKED: ("_int_mm", "_scaled_mm"),
-    "attention": ("scaled_dot_product_attention", "_scaled_dot_product_efficient_attention"),
+    "attention": (
+        "scaled_dot_product_attention", "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_cudnn_attention",
+    ),
     "norm and gate": ("native_layer_norm", "native_group_norm", "_fused_rms_norm"),
     "elementwise": (
         "gelu", "rsub", "mean", "sum", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "var", "var_mean",
@@ -37,8 +41,9 @@ ATEN: dict[str, tuple[str, ...]] = {  # ops of torch by kind of work; pointwise 
     ),
     "copy": (
         "copy_", "_to_copy", "clone", "cat", "stack", "arange", "zeros", "zeros_like", "ones", "ones_like",
-        "full", "full_like", "fill", "fill_", "zero_", "new_zeros", "flip", "roll", "repeat", "index", "index_select",
-        "index_put", "index_copy", "gather", "scatter", "embedding", "constant_pad_nd", "eye", "tril", "triu",
+        "full", "full_like", "fill", "fill_", "zero_", "new_zeros", "new_full", "flip", "roll", "repeat", "index",
+        "index_select", "index_put", "index_copy", "gather", "scatter", "embedding", "constant_pad_nd", "eye", "tril",
+        "triu",
         "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
         "linspace", "scalar_tensor", "pixel_shuffle", "pixel_unshuffle",
     ),
@@ -56,15 +61,19 @@ def spec_of(op: OpOverload) -> OpSpec | None:
     return op_spec(name_of(op)) if op.namespace == "inferix" else None
 
 
-def family(call: Call) -> str:
-    """The kind of work, one of FAMILIES; InferixError for an op that is not known."""
-    if (spec := spec_of(call.op)) is not None:
+def known_family(op: OpOverload) -> str | None:
+    """The kind of work of an op, one of FAMILIES; None for an op that is not known."""
+    if (spec := spec_of(op)) is not None:
         return spec.family
-    if call.op.namespace == "aten":
-        if (known := ATEN_FAMILIES.get(name_of(call.op))) is not None:
-            return known
-        if torch.Tag.pointwise in call.op.tags:
-            return "elementwise"
+    if op.namespace != "aten":
+        return None
+    return ATEN_FAMILIES.get(name_of(op)) or ("elementwise" if torch.Tag.pointwise in op.tags else None)
+
+
+def family(call: Call) -> str:
+    """The kind of work of a call; InferixError for an op that is not known."""
+    if (known := known_family(call.op)) is not None:
+        return known
     raise InferixError(
         f"no cost is known for op {call.op.name()} ({call.node}); add its KernelSpec to kernels/catalog.py, or an op "
         "of torch to graphs/cost.py"

@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import fx
 
+from ..kernels.catalog import op_spec
+
 EMPTY = torch.ops.aten.empty.memory_format
 
 
@@ -64,13 +66,23 @@ def returns_view(op: torch._ops.OpOverload) -> bool:
     return len(returns) == 1 and returns[0].alias_info is not None and not returns[0].alias_info.is_write
 
 
+def is_awaited(node: fx.Node) -> bool:
+    """Return True for a call that another rank waits for."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "inferix":
+        return False
+    spec = op_spec(target._schema.name.removeprefix("inferix::"))
+    return spec is not None and spec.awaited
+
+
 def drop_dead(graph: fx.Graph) -> int:
-    """Remove calls that neither the output nor any state depends on; returns how many."""
+    """Remove calls that neither the output nor any state nor another rank depends on; returns how many."""
     needed: set[fx.Node] = set()
     dropped = 0
     for node in reversed(graph.nodes):
         targets = [storage(target) for target in written(node)]
         is_needed = node in needed or any(target in needed or target.op == "placeholder" for target in targets)
+        is_needed = is_needed or is_awaited(node)
         if node.op in ("placeholder", "output") or is_needed:
             needed.update(storage(given) for given in node.all_input_nodes)
             needed.update(node.all_input_nodes)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..kernels.dense_attention import OP as DENSE_ATTENTION
 from .lowering import lower
 from .plan import BufferPlan, plan_buffers
 from .program import Buffer, Call, Program, Ref
@@ -119,6 +120,18 @@ def prompt_pages(program: Program) -> frozenset[str]:
         for kv, table in tables
         if isinstance(kv, Ref) and isinstance(table, Ref) and table.buffer == PROMPT_TABLE
     )
+
+
+def with_run(lowered: Lowered, first: int) -> Lowered:
+    """The same over another run of as many pages, by its first page."""
+
+    def moved(call: Call) -> Call:
+        is_dense = call.op is DENSE_ATTENTION.overload
+        return replace(call, args=(*call.args[:2], first, *call.args[3:])) if is_dense else call
+
+    body = lowered.body
+    program = replace(body.program, calls=tuple(map(moved, body.program.calls)))
+    return replace(lowered, body=replace(body, program=program))
 
 
 def with_prompts(lowered: Lowered, prompts: int) -> Lowered:

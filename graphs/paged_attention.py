@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.block_attention import block_attention
+from ..kernels.dense_attention.run import Run
 from ..kernels.rope_append import rope_append
 from .tables import PassTables
 
@@ -24,7 +25,7 @@ class PagedAttention:
     parts: the pass's tables, in token order; rows of a part are the sessions' groups, session by session.
     kv: per layer [2, pages, P, n, c]; scales: per layer float32 [2, pages, n] for pages of low precision, or None.
     rope_rows [H, b, 2] and rope_columns [W, c, 2]: of the token grid, P = H * W. half_split: channels (j, j + pairs)
-    are rotated together, not (2j, 2j + 1).
+    are rotated together, not (2j, 2j + 1). run: the pages of every list, where they are one run and stay it; else None.
     """
 
     parts: Sequence[PassTables]
@@ -33,6 +34,7 @@ class PagedAttention:
     rope_columns: Tensor
     scales: Sequence[Tensor] | None = None
     half_split: bool = False
+    run: Run | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rotate, write into the pages, and attend to those listed; all [B, T, n, c]."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from ..kernels.collectives import all_gather, all_to_all
 from .paged_attention import PagedAttention, append
 from .staged_attention import StagedAttention
 from .tables import PassTables
-from .tiles import Grid, tiles_of
+from .tiles import Grid, shares, tiles_of
 
 OnPages = PagedAttention | StagedAttention
 
@@ -40,12 +41,37 @@ NONE = Axis()  # of one rank
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Ranks that hold consecutive layers each. size; place: this rank's, in the order of layers.
+
+    before, after: numbers of the groups of two, with the rank whose layers come before and with that of those after.
+    group: number of the `RankGroup` of all.
+    """
+
+    size: int = 1
+    place: int = 0
+    before: int = 0
+    after: int = 0
+    group: int = 0
+
+    def layers(self, count: int) -> range:
+        """This rank's layers, of `count` in all."""
+        starts = [0, *accumulate(shares(count, self.size))]
+        return range(starts[self.place], starts[self.place + 1])
+
+
+WHOLE = Stage()  # all layers
+
+
+@dataclass(frozen=True)
 class Shard:
     """A rank's part of every pass.
 
     heads, tokens: of pages that ranks divide. group: number of the `RankGroup` of all ranks of a pass, whose rank is
     tokens.place * heads.size + heads.place. branches: of guidance, each run by ranks of its own. weights: ranks that
-    divide the large matrices.
+    divide the large matrices. columns: all ranks, where they divide the pictures that are decoded.
+    stage: of ranks that hold the layers, in place of parts of each.
+    every: number of the group of all ranks of the world.
     """
 
     heads: Axis = NONE
@@ -53,11 +79,19 @@ class Shard:
     group: int = 0
     branches: Axis = NONE
     weights: Axis = NONE
+    columns: Axis = NONE
+    stage: Stage = WHOLE
+    every: int = 0
 
     @property
     def ranks(self) -> int:
         """Ranks of one pass."""
         return self.heads.size * self.tokens.size
+
+    @property
+    def runs_alone(self) -> bool:
+        """True if this rank computes whole passes by itself."""
+        return self.ranks == self.stage.size == 1
 
     def regions(self, grid: Grid) -> Tiles:
         """Parts of a frame's tokens whose pages are on different ranks."""
@@ -187,7 +221,7 @@ class TokenShards:
         return every.movedim(0, 1).flatten(1, 2)
 
 
-def run_on_tile(
+def run_on_ranks(
     forward: Callable[..., Tensor],
     shard: Shard,
     patch: tuple[int, int],
@@ -200,6 +234,10 @@ def run_on_tile(
     forward: the network on the rank's tile, of (latents, attention, origin) as a model's forward takes them. patch:
     (height, width) of a token; positions: (rows, columns) of a learned position embedding, or None.
     """
+    if shard.stage.size > 1:  # that of the last rank; before it a rank runs its head on what it has
+        return all_gather(forward(latents, attention), ranks=shard.stage.size, group=shard.stage.group)[-1]
+    if shard.ranks == 1:
+        return forward(latents, attention)
     grid = latents.shape[-2] // patch[0], latents.shape[-1] // patch[1]
     regions, tiles = shard.regions(grid), shard.tiles(grid)
     region = regions.part(grid)

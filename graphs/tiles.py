@@ -20,3 +20,8 @@ def nested_tiles(grid: Grid, outer: int, inner: int) -> tuple[Grid, Grid]:
     """`outer` equal tiles of a token grid, and `inner` equal tiles of each of these; ValueError as `tiles_of`."""
     first = tiles_of(grid, outer)
     return first, tiles_of((grid[0] // first[0], grid[1] // first[1]), inner)
+
+
+def shares(count: int, ranks: int) -> list[int]:
+    """Parts of `count` things, in numbers as equal as can be; the first ranks have one more."""
+    return [count // ranks + (rank < count % ranks) for rank in range(ranks)]

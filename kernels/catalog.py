@@ -7,9 +7,12 @@ from ..plugins import installed
 from .adaln import SPEC as ADALN
 from .attention_parts import SPEC as ATTENTION_PARTS
 from .block_attention import SPEC as BLOCK_ATTENTION
-from .collectives import ALL_GATHER_SPEC, ALL_TO_ALL_SPEC
+from .collectives import ALL_GATHER_SPEC, ALL_TO_ALL_SPEC, HAND_OVER_SPEC
+from .conv_epilogue import SPEC as CONV_EPILOGUE
 from .denoise_step import SPEC as DENOISE_STEP
+from .dense_attention import SPEC as DENSE_ATTENTION
 from .frame_noise import SPEC as FRAME_NOISE
+from .join_phases import SPEC as JOIN_PHASES
 from .kv_pages import SPEC as KV_PAGES
 from .linear_gelu import SPEC as LINEAR_GELU
 from .linear_lowp import SPEC as LINEAR_LOWP
@@ -24,12 +27,12 @@ from .spec import KernelSpec, OpSpec
 SPECS: dict[str, KernelSpec] = {  # ops with kernels of their own
     spec.name: spec
     for spec in (
-        BLOCK_ATTENTION, ATTENTION_PARTS, MERGE_PARTS, QK_NORM_ROPE_APPEND, ADALN, DENOISE_STEP, FRAME_NOISE,
-        LINEAR_LOWP, QUANTISE_ROWS, KV_PAGES, RMS_NORM, RMS_SILU, ROPE_APPEND,
+        BLOCK_ATTENTION, ATTENTION_PARTS, MERGE_PARTS, DENSE_ATTENTION, QK_NORM_ROPE_APPEND, ADALN, DENOISE_STEP,
+        FRAME_NOISE, LINEAR_LOWP, QUANTISE_ROWS, KV_PAGES, RMS_NORM, RMS_SILU, CONV_EPILOGUE, JOIN_PHASES, ROPE_APPEND,
     )
 }  # fmt: skip
 PLAIN: dict[str, OpSpec] = {
-    spec.name: spec for spec in (LINEAR_GELU, ALL_TO_ALL_SPEC, ALL_GATHER_SPEC)
+    spec.name: spec for spec in (LINEAR_GELU, ALL_TO_ALL_SPEC, ALL_GATHER_SPEC, HAND_OVER_SPEC)
 }  # torch's own ops
 
 

@@ -1,4 +1,4 @@
-"""Collectives between the ranks of one world as ops of a traced pass: `all_to_all` and `all_gather`.
+"""Collectives between the ranks of one world as ops of a traced pass: `all_to_all`, `all_gather` and `hand_over`.
 
 The ops name their ranks by the number of a group of this process, so that their schema is tensors and integers. Bytes
 travel as they are, so every dtype does, and a result has the same bits on every rank.
@@ -7,7 +7,7 @@ travel as they are, so every dtype does, and a result has the same bits on every
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,20 @@ class RankGroup:
         """Fill a tensor with that which another rank sends."""
         self.wait(lambda: self.process_group.recv([as_bytes(tensor)], rank, 0), 0, calls=0)
 
+    def swap(self, parts: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Send a tensor to each of some other ranks, each of which sends one of its shape back; returns those.
+
+        All ranks of the group call it. The tensors have one shape.
+        """
+        ranks = sorted(parts)
+        sizes = [parts[rank].nbytes if rank in parts else 0 for rank in range(self.size)]
+        sent = torch.stack([parts[rank] for rank in ranks]).contiguous()
+        received = sent.new_empty(sent.shape)
+        self.wait(
+            lambda: self.process_group.alltoall_base(as_bytes(received), as_bytes(sent), sizes, sizes), sent.nbytes
+        )
+        return dict(zip(ranks, received, strict=True))
+
 
 GROUPS: dict[int, RankGroup] = {}  # of this process, by number
 
@@ -113,6 +127,17 @@ def gather_reference(x: Tensor, out: Tensor, group: int) -> None:
     ranks.wait(lambda: ranks.process_group.allgather([parts], [as_bytes(x)]), x.nbytes * (ranks.size - 1))
 
 
+def hand_over_reference(x: Tensor, out: Tensor, group: int) -> None:
+    """See the public function for shapes."""
+    ranks = group_of(group)
+    if ranks.size != 2:
+        raise UsageError(f"hand_over: group {group} has {ranks.size} ranks; expected 2")
+    first = ranks.rank == 0
+    if first:
+        out.copy_(x)
+    ranks.wait(lambda: ranks.process_group.broadcast([as_bytes(out)]), x.nbytes if first else 0)
+
+
 ALL_TO_ALL_SPEC = OpSpec(
     name="all_to_all",
     reference=exchange_reference,
@@ -133,7 +158,18 @@ ALL_GATHER_SPEC = OpSpec(
     label="all-gather",
     flops="0",
 )
-ALL_TO_ALL, ALL_GATHER = Op(ALL_TO_ALL_SPEC), Op(ALL_GATHER_SPEC)
+HAND_OVER_SPEC = OpSpec(
+    name="hand_over",
+    reference=hand_over_reference,
+    outputs=("out",),
+    like="x",
+    args={"x": Arg("entries"), "out": Arg("entries", ("x",))},
+    family="exchange",
+    label="hand-over",
+    flops="0",
+    awaited=True,
+)
+ALL_TO_ALL, ALL_GATHER, HAND_OVER = Op(ALL_TO_ALL_SPEC), Op(ALL_GATHER_SPEC), Op(HAND_OVER_SPEC)
 
 
 def all_to_all(x: Tensor, *, group: int, out: Tensor | None = None) -> Tensor:
@@ -156,3 +192,14 @@ def all_gather(x: Tensor, *, ranks: int, group: int, out: Tensor | None = None) 
     out = flat.new_empty(ranks, *flat.shape) if out is None else out.view(ranks, -1)
     ALL_GATHER(flat, out, group)
     return out.view(ranks, *x.shape)
+
+
+def hand_over(x: Tensor, *, group: int, out: Tensor | None = None) -> Tensor:
+    """Return x [...] of the first of two ranks, on both. group: number of `add_group`, of two ranks.
+
+    A graph runs it even where this rank does not read the result. Raises UsageError for another number of ranks.
+    """
+    flat = x.contiguous().view(-1)
+    out = flat.new_empty(flat.shape) if out is None else out.view(flat.shape)
+    HAND_OVER(flat, out, group)
+    return out.view(x.shape)

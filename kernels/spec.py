@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from importlib import import_module
 from importlib.util import find_spec
@@ -72,7 +72,8 @@ class Arg:
     arguments, and `has_<argument>` for an optional argument (1 where it is given, else 0).
     dtypes: those allowed, empty for any; the name of an argument stands for its dtype. Where the op computes in
     float64, float64 is allowed in the place of float32.
-    listed_by: for a store of pages, [2, pages, ...]: the argument that lists the pages which a call touches.
+    listed_by: for a store of pages, [2, pages, ...]: the argument that lists the pages which a call touches, or an int
+    argument that is their number.
     or_dims: the dims of another form, with more dims or fewer; empty for none.
     """
 
@@ -101,7 +102,8 @@ class Implementation:
     `candidates(architecture)`, the configs worth trying there.
     rules: expressions of dims that must hold for a call; others run in the form `otherwise` where an op chooses, and
     this one refuses them. unproved: why no card has run its kernel yet; it is then checked in a process of its own,
-    and neither timed nor tuned beside others.
+    and neither timed nor tuned beside others. reference: "module:function" of a form that rounds what the op's
+    reference does not: it is judged by that, and never chosen unasked.
     """
 
     name: str
@@ -113,6 +115,12 @@ class Implementation:
     rules: tuple[str, ...] = ()
     otherwise: str = ""
     unproved: str = ""
+    reference: str = ""
+
+    @property
+    def unasked(self) -> bool:
+        """True for a form that may serve without being asked for: proved on a card, and exact."""
+        return not self.unproved and not self.reference
 
     def serves(self, capability: int, dtype: torch.dtype, last_dim: int | None = None) -> bool:
         """Return True for tensors that this form is declared for on an architecture."""
@@ -123,8 +131,14 @@ class Implementation:
         return import_module(self.run.partition(":")[0], __package__)
 
     def load(self) -> Callable[..., Any]:
-        loaded: Callable[..., Any] = getattr(self.module(), self.run.partition(":")[2])
-        return loaded
+        return function_of(self.run)
+
+
+def function_of(place: str) -> Callable[..., Any]:
+    """The function of "module:function" inside this package."""
+    module, _, name = place.partition(":")
+    loaded: Callable[..., Any] = getattr(import_module(module, __package__), name)
+    return loaded
 
 
 @dataclass(frozen=True)
@@ -153,6 +167,7 @@ class OpSpec:
     says how many pages of its table each row reads. check_values: checks page lists and scales, which lie on the
     device; it gets the arguments by name, under INFERIX_DEBUG=1 only. detail: words for the variant of a call, from the
     names of the arguments that are given. reads_host: forms that read tensors on the host, which cannot be captured.
+    awaited: another rank waits for the call, so it runs even where nothing reads what it writes.
     """
 
     name: str
@@ -172,6 +187,7 @@ class OpSpec:
     check_values: Callable[[Mapping[str, Any]], None] | None = None
     detail: Callable[[frozenset[str]], str] | None = None
     reads_host: tuple[str, ...] = ()
+    awaited: bool = False
 
     def __post_init__(self) -> None:
         assert self.family in FAMILIES, f"{self.name}: family is {self.family!r}; expected one of {FAMILIES}"
@@ -257,7 +273,8 @@ class OpSpec:
                 continue
             nbytes = math.prod(value.shape) * value.dtype.itemsize
             if store := name in self.args and self.args[name].listed_by:
-                room = math.prod(given[store].shape)
+                count = given[store]
+                room = count if isinstance(count, int) else math.prod(count.shape)
                 dims["listed"] = room if listed is None or not self.counted_by else listed
                 nbytes = nbytes // value.shape[1] * dims["listed"] // dims.get("head_groups", 1)
             key = memory(value), store
@@ -321,7 +338,7 @@ class KernelSpec(OpSpec):
         if device.type == "cuda" and has_triton():
             capability = architecture(device)
             for form in self.implementations:
-                if form.serves(capability, dtype, last_dim) and not form.unproved:
+                if form.serves(capability, dtype, last_dim) and form.unasked:
                     return form.name
         elif device.type == "cpu":
             return next((form.name for form in self.implementations if form.cpu), "reference")
@@ -330,9 +347,10 @@ class KernelSpec(OpSpec):
     def serving(
         self, capability: int, given: Mapping[str, Any], forms: Sequence[Implementation] | None = None
     ) -> list[Implementation]:
-        """Those of some forms that take a call on an architecture; without `forms`, of all that a card has run."""
+        """Those of some forms that take a call on an architecture; without `forms`, of all that need not be asked for.
+        """
         like = given[self.like]
-        offered = [form for form in self.implementations if not form.unproved] if forms is None else forms
+        offered = [form for form in self.implementations if form.unasked] if forms is None else forms
         return [
             form for form in offered
             if form.serves(capability, like.dtype, like.shape[-1]) and not self.broken(form, given)
@@ -346,6 +364,10 @@ class KernelSpec(OpSpec):
                 values = ", ".join(f"{name} is {dims[name]}" for name in compiled(rule).co_names)
                 return f"{values}; expected {rule}"
         return None
+
+    def judging(self, form: Implementation) -> KernelSpec:
+        """The spec that says what a form computes: with the form's own reference, where it has one."""
+        return replace(self, reference=function_of(form.reference)) if form.reference else self
 
     def expect_taken(self, name: str, given: Mapping[str, Any]) -> None:
         """UsageError for a call that breaks a rule of a form."""

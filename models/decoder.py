@@ -20,8 +20,18 @@ class StreamState:
         return StreamState(dict(self.history), self.frames)
 
     @property
+    def begun(self) -> bool:
+        """True once a frame has been decoded, or encoded."""
+        return bool(self.history)
+
+    @property
+    def owned(self) -> dict[int, int]:
+        """Bytes of each thing that it refers to, by an identity which states that share the thing have in common."""
+        return {id(tensor): tensor.nbytes for tensor in tuple(self.history.values())}
+
+    @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in tuple(self.history.values()))
+        return sum(self.owned.values())
 
 
 @dataclass(frozen=True)
@@ -74,26 +84,48 @@ class DecoderSpec(ABC):
     def encode_flops(self, latent: tuple[int, int]) -> int:
         """FLOPs of encoding one picture, the first of a stream; 0 without an encoder."""
 
+    def edge_entries(self, first: bool = False) -> tuple[int, int]:
+        """Entries that a rank which decodes some columns sends to a neighbour, and how often, for one latent frame.
+
+        The entries are for each row of latents. first: the frame is the first of a stream.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not decoded by columns")
+
+    @property
+    def attended_entries(self) -> int:
+        """Entries for each latent pixel of a frame that all ranks which decode some columns need; 0 without any."""
+        return 0
+
     @abstractmethod
-    def scratch_bytes(self, latent: tuple[int, int], frames: int, item: int) -> int:
+    def scratch_bytes(self, latent: tuple[int, int], frames: int, item: int, on_gpu: bool = False) -> int:
         """Upper bound of the bytes of decoding `frames` latent frames at once, besides weights, state and latents.
 
-        item: bytes of an entry.
+        item: bytes of an entry. on_gpu: with the layers of a GPU.
         """
 
 
 class Decoder(nn.Module, ABC):
     """Decodes a stream of latents to pictures; with an encoder where its spec has one.
 
-    zero_start: a stream can start from zero caches, so that its first latent frame gives as many pictures as others.
+    name: of the decoder in results, whatever layers it runs. zero_start: a stream can start from zero caches, so that
+    its first latent frame gives as many pictures as others.
     """
 
     spec: DecoderSpec
+    name: str
     zero_start = False
 
     def new_state(self) -> StreamState:
         """Return the state before the first frame of a stream."""
         return StreamState()
+
+    def whole_state(self, state: StreamState) -> StreamState:
+        """Return a state of this decoder with its tensors in this process, as it is saved."""
+        return state
+
+    def own_state(self, saved: StreamState) -> StreamState:
+        """Return the state of this decoder of which `whole_state` made `saved`."""
+        return saved
 
     @abstractmethod
     def encode(self, pixels: Tensor, state: StreamState) -> Tensor:

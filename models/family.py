@@ -18,16 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError, quoted
-from ..graphs.shards import Axis
+from ..graphs.shards import Axis, Stage
 from ..schemes.presets import PLAIN, Preset
 from ..schemes.sampler_spec import SOLVERS
+from .column_decoder import ColumnDecoder
 from .costs import TransformerCosts
 from .decoder import Decoder, DecoderSpec
 from .files import fill
 from .random import random_state
 from .spec import ModelSpec
 from .transformer import Transformer
-from .weight_shards import WeightShards
+from .weight_shards import LayerShards, MatrixShards, WeightShards
 
 Part = TypeVar("Part", bound=nn.Module)
 Merge = Callable[[str, Tensor], Tensor]  # name and weight to the weight with adapters merged
@@ -133,7 +134,8 @@ class Family(ABC):
     name: what `ModelSpec.family` says. models: sizes by name. presets: decoding schemes, the default one first.
     formats: checkpoint formats by name. shipped: folder of the weights of models that are in the package, by name.
     demo: the named model that runs where a preset of the family is named alone. examples: prompts that its models
-    follow. to_clean: direction of the velocity of its networks, as in `SolverRules`.
+    follow. to_clean: direction of the velocity of its networks, as in `SolverRules`. decodes_columns: ranks can divide
+    the pictures that its decoders make. layers: name of the list of layers in a transformer.
     """
 
     name: str
@@ -144,6 +146,8 @@ class Family(ABC):
     demo: str
     examples: Sequence[str] = ()
     to_clean: bool = False
+    decodes_columns: bool = False
+    layers: str = "blocks"
 
     def demo_of(self, preset: Preset) -> str:
         """Return the named model that runs where a preset of the family is named alone."""
@@ -198,10 +202,15 @@ class Family(ABC):
     def costs(self, spec: ModelSpec) -> TransformerCosts:
         """Return the costs of a transformer."""
 
-    def weight_shards(self, spec: ModelSpec, axis: Axis) -> WeightShards | None:
-        """Parts of the layers that a pass runs on every token, for ranks that divide them; None for one rank alone."""
-        layers = (name for name, _, _ in self.costs(spec).token_layers())
-        return WeightShards(layers, axis) if axis.size > 1 else None
+    def weight_shards(self, spec: ModelSpec, axis: Axis, stage: Stage) -> WeightShards | None:
+        """A rank's part of the weights: its layers, or its parts of the matrices that a pass applies to every token.
+
+        axis: ranks that divide matrices. None where each rank has all weights.
+        """
+        if stage.size > 1:
+            return LayerShards(self.layers, spec.num_layers, stage)
+        names = (name for name, _, _ in self.costs(spec).token_layers())
+        return MatrixShards(names, axis) if axis.size > 1 else None
 
     def random_state(self, spec: ModelSpec, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Draw random weights of a transformer, by name."""
@@ -325,6 +334,10 @@ class Family(ABC):
         """Load a decoder, ready to run on a device."""
         raise self.lacks("decoder files", quoted(path))
 
+    def column_decoder(self, decoder: Decoder, axis: Axis) -> ColumnDecoder:
+        """Make a rank's part of a decoder whose pictures ranks divide. UsageError for a family without one."""
+        raise self.lacks("decoder over several ranks", "shard_decoder")
+
     # Comparison
 
     def is_in_diffusers(self, spec: ModelSpec) -> bool:
@@ -335,10 +348,10 @@ class Family(ABC):
         """Make the network of diffusers that benchmarks compare with, over the weights of a model."""
         raise self.lacks("network of diffusers", model.spec.name)
 
-    # CPU
+    # Layers by device
 
-    def on_cpu(self, module: Part) -> Part:
-        """Return a transformer or decoder with faster layers if it is on a CPU; otherwise, or without any, unchanged.
+    def with_fast_layers(self, module: Part) -> Part:
+        """Return a transformer or decoder with the faster layers of its device; without any, unchanged.
 
         Weights are shared. A decoder may be changed in place.
         """

@@ -411,7 +411,9 @@ def fill(
         own, tensor = name, change(name, unscaled(tensors[name]))
         kind = stored.get(name, dtype)
         if shards is not None:
-            own, tensor = shards.part(name, tensor, kind)
+            if (part := shards.part(name, tensor, kind)) is None:
+                continue
+            own, tensor = part
         state[own] = finite(source, name, tensor.to(device=device, dtype=kind))
     if shards is not None:
         shards.divide(module)

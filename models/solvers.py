@@ -181,7 +181,7 @@ class UniPCSolver(Solver):
     """
 
     name = "unipc"
-    rules = SolverRules(step_list=False)
+    rules = SolverRules(step_list=False, partial=True)
     saved_numbers = ("predictions", "order")
 
     def __init__(self, schedule: Schedule) -> None:
@@ -192,8 +192,9 @@ class UniPCSolver(Solver):
 
     @classmethod
     def schedule(cls, spec: SamplerSpec, strength: float) -> Schedule:
-        """Noise levels evenly spaced before the shift, and their timesteps as whole numbers."""
-        even = torch.linspace(1 - 1 / TRAIN_TIMESTEPS, 0, spec.num_steps + 1, dtype=torch.float64)[:-1]
+        """Noise levels evenly spaced before the shift, from a share of the highest on, and whole timesteps."""
+        highest = strength * (1 - 1 / TRAIN_TIMESTEPS)
+        even = torch.linspace(highest, 0, spec.num_steps + 1, dtype=torch.float64)[:-1]
         sigmas = tuple(shifted(spec, even).tolist())
         return Schedule(tuple(float(int(sigma * TRAIN_TIMESTEPS)) for sigma in sigmas), sigmas)
 

@@ -77,6 +77,8 @@ class BlockLoop:
         decode pipeline is done with the session.
         """
         with record.span("prepare"):
+            if self.commits_apart(state):
+                yield from self.commit_before(state, record)
             rebuild = self.rebuild_context(state, record, wait_for_decoder)
             if state.preset.context.rebuild_before_switch:
                 yield from rebuild
@@ -98,7 +100,8 @@ class BlockLoop:
                 yield from self.commit(state, block.span, block.latents, record, prompts)
         block.latents = self.without_given(state, block)
         if state.camera is not None and not state.preset.context.recomputes:
-            state.camera.forget(state.timeline.next_frame)
+            kept = state.timeline.uncommitted
+            state.camera.forget(state.timeline.next_frame if kept is None else kept.frames.start)
         return block
 
     def change_prompt(self, state: SessionState, rows: Tensor, scene_cut: bool, blend_blocks: int | None) -> None:
@@ -242,25 +245,48 @@ class BlockLoop:
         self.roll_caches(state, scheduled.run, scheduled.beside)
         yield from self.network_pass(state, scheduled.run, latents, record, prompts)
 
+    def commits_apart(self, state: SessionState) -> bool:
+        """True if a finished block is committed before the next begins: that follows another prompt, or begins a shot.
+
+        A commit with the null caption follows no prompt.
+        """
+        policy, timeline = state.preset.context, state.timeline
+        changes = state.change is not None or timeline.next_block in state.prompts or timeline.pin_next
+        return timeline.uncommitted is not None and policy.clean_text == "prompt" and changes
+
+    def commit_before(self, state: SessionState, record: BlockRecord) -> BlockSteps[None]:
+        """Commit the last block by itself, where its commit waits for the next one's first pass."""
+        span = state.timeline.uncommitted
+        assert span is not None and state.uncommitted is not None
+        yield from self.commit(state, span, self.with_given(state, span, state.uncommitted), record)
+        state.timeline.uncommitted = state.uncommitted = None
+
     def runs_whole(self, state: SessionState) -> bool:
         """True if the next block can be one launch: no frame is clamped, and it starts from noise of the seed alone."""
         clamped = state.clamped is not None and state.next_block == 0
-        plain = isinstance(state.noise, PhiloxNoise) and state.source is None
+        plain = isinstance(state.noise, PhiloxNoise) and state.source is None and state.live is None
         whole = self.resources.worker.supports_whole_block and supports_whole_block(state.preset, state.next_block)
         return whole and plain and not clamped
 
     def run_whole(self, state: SessionState, record: BlockRecord) -> BlockSteps[BlockInFlight]:
-        """Run all steps and the commit of a block in one launch; no other block of the session is in flight."""
+        """Run all steps and the commit of a block in one launch; no other block of the session is in flight.
+
+        Where the commit of the block before waits for it, that is part of the launch, and its own is not.
+        """
         span, (branch,), noise = self.begin(state), state.branches, state.noise
         assert isinstance(noise, PhiloxNoise)
         shape = len(span.frames), *self.latent_shape(state)
         block = BlockInFlight(span, torch.empty(shape, device="meta"), state.sampler.begin())  # the graph draws noise
-        run = denoise_pass(state.timeline, [block], state.sampler.timesteps).run
-        self.roll_caches(state, run)
-        request = self.request(state, branch, run, block.latents, {})
-        request = replace(request, whole=WholeBlock(span.frames.start, len(span.frames), noise.seed))
+        scheduled, latents, before = denoise_pass(state.timeline, [block], state.sampler.timesteps), block.latents, None
+        if scheduled.committed is not None:
+            assert state.uncommitted is not None
+            before, latents = scheduled.run, self.with_given(state, scheduled.committed, state.uncommitted)
+        self.roll_caches(state, scheduled.run)
+        request = self.request(state, branch, scheduled.run, latents, {})
+        whole = WholeBlock(span.frames.start, len(span.frames), noise.seed)
         with record.one_pass():
-            block.latents = yield request
+            block.latents = yield replace(request, run=scheduled.own, before=before, whole=whole)
+        state.timeline.uncommitted = state.uncommitted = None
         block.committed = state.preset.context.commit
         return block
 
@@ -271,10 +297,14 @@ class BlockLoop:
         span = self.begin(state)
         sampler = state.sampler.of_block(span.index)
         latents = self.draw(state, span, 0)
-        if state.source is not None:
+        given, remedy = None, f"ask for {span.index} blocks"
+        if state.live is not None:
+            given, remedy = state.live.of(span.frames), "feed its pictures first"
+        elif state.source is not None:
             given = state.source[span.frames.start : span.frames.stop]
+        if given is not None:
             if len(given) < len(span.frames):
-                raise InferixError(f"the video ends before block {span.index}; ask for {span.index} blocks")
+                raise InferixError(f"the video ends before block {span.index}; {remedy}")
             latents = noised(given, latents, sampler.sigmas[0])
         block = BlockInFlight(span, latents, sampler.begin())
         self.hold_given(state, block)
@@ -469,18 +499,26 @@ class BlockLoop:
         """Run one pass, or whole blocks, for compatible requests; returns the result [F, C, H, W] of each."""
         caches = [request.branch.cache for request in requests]
         try:
-            return self.execute(requests, layout_together(caches, [request.run for request in requests]))
+            first = [request.before for request in requests if request.before is not None]
+            before = layout_together(caches, first) if first else None  # it writes pages that the block then reads
+            return self.execute(requests, layout_together(caches, [request.run for request in requests]), before)
         finally:
             for cache in caches:
                 cache.end_pass()
 
-    def execute(self, requests: Sequence[ForwardRequest], layout: PassLayout) -> list[Tensor]:
-        """Have the worker run one pass, or whole blocks; returns the result [F, C, H, W] of each request."""
-        plan = self.plan(requests, layout)
-        if plan.whole:
+    def execute(
+        self, requests: Sequence[ForwardRequest], layout: PassLayout, before: PassLayout | None = None
+    ) -> list[Tensor]:
+        """Have the worker run one pass, or whole blocks; returns the result [F, C, H, W] of each request.
+
+        before: of the first pass of whole blocks, where it commits the blocks before.
+        """
+        plan = replace(self.plan(requests, layout), before=before)
+        if plan.whole and before is None:
             (result,) = self.resources.client.execute(plan)
             return list(result)
-        latents = torch.stack([request.latents for request in requests])
+        alone = len(requests) == 1  # then nothing is copied
+        latents = requests[0].latents[None] if alone else torch.stack([request.latents for request in requests])
         if self.resources.branches_apart:
             branch = BranchPass(requests[0].branch.number, tuple(range(latents.shape[1])), plan)
             (result,) = self.resources.client.execute(GuidedPass((branch,)), latents)

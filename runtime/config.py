@@ -14,7 +14,7 @@ from ..graphs.rewrites.lowp import PrecisionMap
 from ..kernels.catalog import kernel_spec
 from ..models.registry import formats
 from ..models.transformer import PRECISIONS
-from ..schemes.layouts import AUTO, LAYOUTS, MOST_RANKS
+from ..schemes.layouts import AUTO, LAYERS, LAYOUTS, MOST_RANKS
 from .arguments import above_zero, flag, integer, number, path_text, text
 from .byte_sizes import parse_bytes
 from .executor_specs import REFERENCE, ExecutorSpec, default_executor, executor_spec, names_with
@@ -51,7 +51,8 @@ class EngineConfig:
     engine, whose programs run in place of the model. kernels: form by op, such as {"block_attention": "sdpa"}; also one
     that was registered, or FILE.py:FUNCTION. gpus: ranks that share each pass. parallel: their layout, a name
     of `LAYOUTS`, or auto. shard_weights: ranks of a pass divide the large matrices, and gather each when its layer
-    runs. rank_timeout: seconds after which a rank that does not answer counts as hung.
+    runs. shard_decoder: ranks decode some columns of each picture; False: rank 0 decodes beside the next block; None:
+    as the decoder allows. rank_timeout: seconds after which a rank that does not answer counts as hung.
     camera_layers: what depends on a camera alone is computed once per `block` and kept, or in every `pass`, which needs
     less memory.
     """
@@ -86,6 +87,7 @@ class EngineConfig:
     gpus: int = 1
     parallel: str = AUTO
     shard_weights: bool = False
+    shard_decoder: bool | None = None
     rank_timeout: float = 60.0
     camera_layers: str = "block"
 
@@ -136,15 +138,29 @@ class EngineConfig:
     def _check_ranks(self) -> None:
         """UsageError for settings that several ranks do not have."""
         if self.gpus == 1:
-            if self.shard_weights:
-                raise UsageError("shard_weights is True with gpus=1, which has all weights; give gpus, 2 or more")
+            for key in ("shard_weights", "shard_decoder"):
+                if getattr(self, key):
+                    raise UsageError(f"{key} is True with gpus=1, where nothing is divided; give gpus, 2 or more")
             return
+        if self.parallel == LAYERS:
+            for key, refused in (
+                ("shard_weights", self.shard_weights), ("lowp_keep", bool(self.lowp_keep)),
+                ("lowp_layers", self.lowp_layers != EVERY_BLOCK),
+            ):
+                if refused:
+                    raise UsageError(
+                        f"{key} is {quoted(getattr(self, key))} with parallel={LAYERS}, whose ranks have layers of "
+                        f"their own; leave {key} out, or use another layout"
+                    )
         if self.shard_weights and self.lowp is not None:
             raise UsageError(
                 f"shard_weights is True with lowp={self.lowp}, whose packed layers are not divided; leave one out"
             )
         if self.graphs is not None:
-            raise UsageError(f"graphs is {quoted(self.graphs)} with gpus={self.gpus}; stored graphs are of one rank")
+            raise UsageError(
+                f"graphs is {quoted(self.graphs)} with gpus={self.gpus}, but stored graphs are of one rank; leave "
+                "graphs out: each rank traces its own at the start"
+            )
         if self.device.startswith("cuda") and torch.cuda.device_count() < self.gpus:
             count = torch.cuda.device_count()
             raise UsageError(f"gpus is {self.gpus}, but there are {count} here; give gpus={count}, or device=cpu")
@@ -211,7 +227,7 @@ COERCIONS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("precision", "kv_dtype", "lowp", "camera_layers"), text),
     **dict.fromkeys(("model", "base", "vae", "text_encoder", "lora", "fast_vae"), path_text),
     **dict.fromkeys(("graphs", "batches", "engine", "names"), path_text),
-    **dict.fromkeys(("use_ema", "lora_partial", "kv_offload", "drift_meter", "shard_weights"), flag),
+    **dict.fromkeys(("use_ema", "lora_partial", "kv_offload", "drift_meter", "shard_weights", "shard_decoder"), flag),
     **dict.fromkeys(("lowp_layers", "lowp_keep"), patterns),
     "lora_scale": number,
     "kv_memory": byte_count,

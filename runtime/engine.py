@@ -43,7 +43,7 @@ from .arguments import (
 )
 from .arguments import size as picture_size
 from .block_loop import BlockLoop
-from .capacity.rank_planner import divided
+from .capacity.rank_planner import against_columns, divided
 from .config import EngineConfig
 from .execution.decode_pipeline import DecoderTrack
 from .execution.executors import Executor
@@ -65,6 +65,7 @@ from .sessions.session import Session
 from .sessions.session_manager import SessionManager
 from .sessions.session_state import Branch, SessionState
 from .telemetry.profile import Profile, measure_ceilings
+from .telemetry.ranges import NvtxRanges, Ranges, ranged
 from .worker_client import Worker
 
 T = TypeVar("T")
@@ -87,6 +88,7 @@ OPENING: dict[str, Check] = {  # the arguments of `Engine.open`
     "fit": choice(FITS),
     "strength": optional(above_zero(most=1)),
     "noise": optional(noise_source),
+    "live": flag,
     "camera": optional(instance(Camera)),
     "prompt_mask": optional(instance(Tensor)),
     "prompts": optional(by_block),
@@ -114,7 +116,9 @@ class Engine:
     ) -> None:
         self.resources = make_resources(config, preset, parts, executor, worker)
         self.inputs = Inputs(self.resources)
-        self.manager = SessionManager(self.resources, limits, self.step, self.inputs.check_prompt)
+        self.manager = SessionManager(
+            self.resources, limits, self.step, self.inputs.check_prompt, self.inputs.continue_live
+        )
         self.loop = BlockLoop(self.resources, self.manager.split_batches)
         self.profile: Profile | None = None
         if config.batches is not None:
@@ -146,6 +150,7 @@ class Engine:
         prompt_mask: Tensor | None = None,
         prompts: Mapping[int, str | Tensor | Path] | None = None,
         camera: Camera | None = None,
+        live: bool = False,
     ) -> Session:
         """Open a stream of pictures of `size` (width, height).
 
@@ -153,7 +158,8 @@ class Engine:
         that are not of the prompt. prompts: of later blocks by number, texts or embeddings; each is that of its block
         and of those after it, also where several blocks are in flight. image or video (uint8
         [H, W, 3], [T, H, W, 3], or a file) is what the stream continues; with `strength` in (0, 1] the video is what
-        it is made from, the more freely the higher. The negative prompt is for presets with guidance. `noise` replaces
+        it is made from, the more freely the higher; `live`, with `strength`, says that such a video arrives meanwhile,
+        by `Session.feed`. The negative prompt is for presets with guidance. `noise` replaces
         the noise that `seed` gives. `actions` are those of latent frames 1, 2, ...;
         `camera` is where a model that follows one looks from.
         `fit` (crop, pad, stretch) brings files of other proportions to `size`; a video file is sampled at the model's
@@ -164,6 +170,7 @@ class Engine:
             "strength": strength, "negative_prompt": negative_prompt, "negative_embeds": negative_embeds,
             "noise": noise, "size": self.default_size if size is None else size, "actions": actions, "fit": fit,
             "prompt_mask": prompt_mask, "prompts": prompts, "camera": camera,
+            "live": live,
         })  # fmt: skip
         self.manager.check_owner("open()")
         try:
@@ -191,6 +198,7 @@ class Engine:
         prompt_mask: Tensor | None,
         prompts: Mapping[int, str | Tensor | Path] | None,
         camera: Camera | None,
+        live: bool,
     ) -> Session:
         preset, inputs = self.preset, self.inputs
         if prompts and preset.context.prompt_switch not in ("cut", "join"):
@@ -208,8 +216,13 @@ class Engine:
             shard = self.parts.shard
             grid = RankGrid(shard.heads.size, shard.tokens.size, shard.branches.size)
             check_size(divided(self.spec, size, preset.sampler.guide), grid)
-        if strength is not None and video is None:
-            raise UsageError(f"strength is {strength}, but there is no video to start from; give video")
+        together = self.parts.shard.columns.size
+        if together > 1 and (reason := against_columns(self.spec, size, together)) is not None:
+            raise UsageError(f"size is too small: {reason}; give a larger one, or load with shard_decoder=False")
+        if live and (image is not None or video is not None or strength is None):
+            raise UsageError("live is True; expected strength, and neither image nor video")
+        if strength is not None and video is None and not live:
+            raise UsageError(f"strength is {strength}, but there is no video to start from; give video, or live=True")
         for action in actions:
             check_action(action, self.spec.actions)
         sampler = Sampler(preset.sampler, 1.0 if strength is None else strength)
@@ -237,6 +250,7 @@ class Engine:
             ),
             negative=negative,
             source=source,
+            live=inputs.begin_live(size) if live else None,
             clamped=clamped,
             prompts={
                 block: inputs.prompt_rows(given, None) if isinstance(given, str) else inputs.prompt_rows(None, given)
@@ -272,11 +286,19 @@ class Engine:
         """InferixError unless every page in use is held by an open session, as often as it is counted."""
         self.manager.check_integrity()
 
+    @property
+    def fault(self) -> str | None:
+        """Reason why the engine makes no more blocks: its ranks have ended. None while it can; free to any thread."""
+        return self.resources.fault
+
     # The loop
 
     @torch.no_grad()
     def step(self) -> tuple[Session, ...]:
-        """Make the next block of the sessions whose turn it is; of none where none can be made now."""
+        """Make the next block of the sessions whose turn it is; of none where none can be made now.
+
+        RankFailed, in every session too, once the ranks of the engine have ended.
+        """
         sessions = self.manager.prepare_step()
         if sessions:
             self.loop.finite.begin_step()
@@ -287,7 +309,8 @@ class Engine:
     def _one_block(self, session: Session, batch: int) -> BlockSteps[None]:
         """One block of a session, in step with `batch - 1` others: controls, passes, delivery."""
         manager = self.manager
-        with manager.isolate_failures(session):
+        name = f"block {session.next_block} of {session.id[:8]}"
+        with manager.isolate_failures(session), ranged(manager.ranges, name):
             manager.begin_block(session, batch)
             state, record = session.current, session.record
             with record.span("encode"):
@@ -372,6 +395,8 @@ class Engine:
         self.manager.check_owner("use_lora()")
         if self.config.shard_weights:
             raise UsageError("use_lora changes whole weights, and shard_weights divides them; give lora to load")
+        if self.parts.shard.stage.size > 1:
+            raise UsageError("use_lora changes all layers, and parallel=layers divides them; give lora to load")
         names = self.preset.weight_sets
         if weights is not None and weights not in names:
             raise UsageError(
@@ -400,8 +425,20 @@ class Engine:
         """
         self.manager.delivery.observers.append(callback("observer", observer))
 
+    def start_ranges(self, ranges: Ranges | None = None) -> None:
+        """Mark sessions, blocks, stages, passes and decoding from now on, for a profiler that shows such ranges.
+
+        ranges: where they go; by default NVTX, which `nsys profile` reads. UsageError for that without a GPU.
+        """
+        if ranges is None and self.device.type != "cuda":
+            raise UsageError(f"NVTX ranges are for work on a GPU, and device is {quoted(str(self.device))}; use cuda")
+        self.manager.ranges = ranges or NvtxRanges()
+
     def start_profile(self) -> Profile:
-        """Time every pass from now on; returns the profile that collects them. UsageError without graphs."""
+        """Time every pass from now on; returns the profile that collects them.
+
+        UsageError for an executor that cannot be profiled.
+        """
         config, card = self.config, card_of(self.device)
         about = f"{config.model}, preset {config.preset}, executor {config.executor}, {config.dtype}, on {card}"
         profile = Profile(about, self.device, measure_ceilings(self.device, self.dtype, config.lowp))

@@ -22,7 +22,7 @@ class ExecutorSpec:
 
     about: its way of running a pass, one line. make: a function (config, preset, parts) that returns an `Executor`, or
     its place as "package.module:function", imported when the executor is first made. graphs: it runs lowered programs;
-    they take memory of their own and can be stored (`graphs=`) and profiled. batches: one pass can serve several
+    they take memory of their own and can be stored (`graphs=`). batches: one pass can serve several
     sessions; batch_sizes: as many as one of these numbers, ascending from 1, or any number where it is empty. devices:
     device types that it runs on; default_on: those for which it is the default. kv_dtypes: dtypes of pages that it
     reads, None for all. lowp: kinds of low-precision linear layers that it runs; fast_lowp: faster than full precision,
@@ -71,6 +71,7 @@ EXECUTORS = {  # from the plain reference to the fastest
 }  # fmt: skip
 MODEL_EXECUTORS: dict[str, ExecutorSpec] = {}  # come with a model's files (exported engines); for no other model
 REFERENCE = "eager"  # whose output all others must have
+AUTO = "auto"  # of `load`: a cached engine that was exported of the model, or the default executor
 
 
 def executor_spec(name: str, argument: str = "executor") -> ExecutorSpec:

@@ -15,6 +15,7 @@ from ..errors import UsageError, quoted
 from ..models.text.umt5 import clean_prompt, load_prompt_embeds
 from ..schemes.page_needs import branches, needs_negative
 from .frame_channels import ImageCondition
+from .live_video import LiveVideo
 from .media_input import read_image, read_video
 from .resources import Resources
 
@@ -88,6 +89,25 @@ class Inputs:
         """Latents [F, C, H, W] of a video that blocks are made from: its whole blocks, from the start."""
         return self.encoded(self.pixels_of(video, size, False, fit), keep_end=False)
 
+    def begin_live(self, size: tuple[int, int]) -> LiveVideo:
+        """A live video of which nothing has arrived. UsageError for a model that cannot be made from one."""
+        resources, preset = self.resources, self.resources.preset
+        if not resources.parts.vae.spec.encodes:
+            source = quoted(resources.parts.source)
+            raise UsageError(f"live is True, but {source} has no encoder; give a VAE that has one")
+        if preset.window_blocks > 1:
+            count = preset.window_blocks
+            raise UsageError(f"live is True, but {preset.name} has {count} blocks in flight; expected one")
+        shape = 0, resources.spec.out_channels, *resources.spec.latent_size(size)
+        empty = torch.empty(shape, device=resources.device, dtype=resources.dtype)
+        return LiveVideo(0, empty, resources.parts.vae.new_state())
+
+    def continue_live(self, live: LiveVideo, pixels: Pixels, needed: int) -> LiveVideo:
+        """A live video with the pictures [T, H, W, 3] of one block more, without frames before `needed`."""
+        resources, encoder = self.resources, live.encoder.clone()
+        scaled = torch.from_numpy(pixels.copy()).to(resources.device, resources.dtype).permute(0, 3, 1, 2)
+        return live.followed_by(resources.parts.vae.encode(scaled / 127.5 - 1, encoder), encoder, needed)
+
     def clamped_latents(self, image: Any, size: tuple[int, int], fit: str = "crop") -> Tensor:
         """Latents [1, C, H, W] of an image that is held as the first frame."""
         return self.encoded(self.pixels_of(image, size, True, fit), keep_end=False, whole_blocks=False)
@@ -136,7 +156,6 @@ class Inputs:
         A single frame is repeated to those of a latent frame. UsageError for fewer frames than the first block has.
         """
         resources, preset, spec = self.resources, self.resources.preset, self.resources.spec
-        step = preset.num_frame_per_block
         if len(pixels) == 1:
             pixels = pixels.repeat(spec.first_pictures, axis=0)
         frames = (len(pixels) - spec.first_pictures) // spec.vae_stride[0] + 1
@@ -144,15 +163,14 @@ class Inputs:
             raise UsageError(
                 f"{len(pixels)} frames are too few to begin with: one latent frame has {spec.first_pictures}"
             )
-        first = preset.block_size(0)
         if whole_blocks:
-            if frames < first:
+            frames = preset.whole_blocks(frames)
+            if frames == 0:
                 raise UsageError(
                     f"{len(pixels)} frames are too few to begin with: the first block of {preset.name} needs "
-                    f"{spec.pictures(first)}; set independent_first_frame=true or use a preset with blocks "
-                    "of one frame"
+                    f"{spec.pictures(preset.block_size(0))}; set independent_first_frame=true or use a preset with "
+                    "blocks of one frame"
                 )
-            frames = first + (frames - first) // step * step
         count = spec.pictures(frames)
         pixels = pixels[len(pixels) - count :] if keep_end else pixels[:count]
         vae, latents = resources.parts.vae, []

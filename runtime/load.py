@@ -16,12 +16,14 @@ from .capacity.memory_check import MemoryCheck
 from .config import SETTINGS, EngineConfig
 from .engine import Engine
 from .execution.loading import load_parts
+from .executor_specs import AUTO
 from .limits import Limits
 from .parallel.launch import Start
 from .parallel.rank_process import serve_if_ranked
 from .sessions.batch_profile import entries
 
 EXPORTED = "inferix.export.inside:load_exported"  # imported for an exported engine only
+CACHED = "inferix.export.engine_cache:load_cached"  # imported for executor auto only
 ABOUT_LOADING = ("limits", "offline", "text_prompts", "prompts", "size", "force")  # of `load`; no engine keeps them
 
 
@@ -58,7 +60,9 @@ def load(
     it hangs at the latest. Under torchrun the call returns on rank 0 alone; the others serve it until it ends.
 
     engine: a folder that `inferix export` wrote. Its programs run in place of a model, with its preset, size and dtype;
-    settings may be `kv_memory`, `kv_offload`, and fields of the preset that do not need other programs.
+    settings may be `kv_memory`, `kv_offload`, and fields of the preset that do not need other programs. With
+    `executor="auto"` that is done if the cache of `inferix export --cache` has an engine of these weights, preset and
+    size that is faster, and no setting needs the model itself; else the device's default executor runs.
 
     Raises UsageError for unknown names, bad values and too little memory, InferixError for broken files and for files
     that cannot be downloaded.
@@ -76,6 +80,11 @@ def load(
     for key in settings:
         if key not in FIELDS and key not in SETTINGS:
             raise no_setting(key, {*FIELDS, *SETTINGS, *ABOUT_LOADING})
+    if settings.get("executor") == AUTO:
+        del settings["executor"]
+        cached: Engine | None = resolve_name(CACHED)(model, preset, size, limits, settings)
+        if cached is not None:
+            return cached
     model = default_model(preset) if model is None else model
     own = {key: settings.pop(key) for key in SETTINGS if key in settings}
     name = preset or default_preset(str(model))

@@ -80,7 +80,8 @@ class PassPlan:
     actions: the number of each frame's action, by session; empty for a model without actions. whole: the block of each
     session; empty for one pass. condition: of a step, beside the timesteps; None for a model that takes none. frames:
     number of what the frames of each session are given beside their latents (`EmbedFrames`); empty for a model that
-    takes nothing. weights: number of the set of weights that runs it.
+    takes nothing. weights: number of the set of weights that runs it. before: of whole blocks whose first pass commits
+    the block before, pages of that pass; that block's latents in, and actions of both.
     """
 
     layout: PassLayout
@@ -91,6 +92,7 @@ class PassPlan:
     condition: float | None = None
     frames: tuple[int, ...] = ()
     weights: int = 0
+    before: PassLayout | None = None
 
 
 @dataclass(frozen=True)
@@ -263,6 +265,43 @@ class EmbedFrames:
 
 
 @dataclass(frozen=True)
+class Decode:
+    """Decode latents [F, C, h, w], each rank some columns; gives pixels [T, 3, H, W] on rank 0.
+
+    before: number of the decoder's state; None at the start of a stream. after: of the state that it becomes; `before`
+    stays as it is. frames: of the stream before these.
+    """
+
+    before: int | None
+    after: int
+    frames: int
+
+
+@dataclass(frozen=True)
+class ReadDecoding:
+    """Give a decoder's state: the numbers of its tensors [n], then the tensors [..., W], of all ranks."""
+
+    state: int
+
+
+@dataclass(frozen=True)
+class SetDecoding:
+    """Take the tensors of a decoder's state, numbered `slots`, of pictures with `columns` columns of latents."""
+
+    state: int
+    columns: int
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TimeExchange:
+    """Run `calls` all-to-alls between all ranks, of `nbytes` on each; gives the seconds of one [1]."""
+
+    nbytes: int
+    calls: int
+
+
+@dataclass(frozen=True)
 class UseAdapter:
     """Merge an adapter into the weights in place of the one before; None removes that. Nothing derived is recomputed.
 
@@ -289,12 +328,12 @@ class Release:
 
 Plan = Union[  # noqa: UP007  its members are listed at run time
     PassPlan, GuidedPass, OpenStore, GrowStore, CloseStore, ReadPages, WritePages, Offload, ReadHost, Onload,
-    JoinTransfer, LoadSink, AverageSink, WriteSink, OffloadSink, ReadSink, SetSink, Condition, EmbedFrames, UseAdapter,
-    RefreshWeights, Release,
+    JoinTransfer, LoadSink, AverageSink, WriteSink, OffloadSink, ReadSink, SetSink, Condition, EmbedFrames, Decode,
+    ReadDecoding, SetDecoding, TimeExchange, UseAdapter, RefreshWeights, Release,
 ]  # fmt: skip
 KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in typing.get_args(Plan)}
 HEADER = struct.Struct("<4sBI")
-MAGIC, VERSION = b"INFP", 6
+MAGIC, VERSION = b"INFP", 7
 
 
 def encode_plan(plan: Plan) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from .execution.executors import Executor
 from .execution.loading import Components
 from .kv.kv_manager import KVManager
 from .kv.page_store import KV_DTYPES
+from .parallel.ranked_decoder import RankedDecoder
 from .parallel.ranked_worker import RankedWorker
 from .worker import LocalWorker
 from .worker_client import Worker, WorkerClient
@@ -44,6 +45,11 @@ class Resources:
         return self.client.worker
 
     @property
+    def fault(self) -> str | None:
+        """Reason why no pass can run any more: ranks have ended. None while passes run."""
+        return self.worker.peers.fault if isinstance(self.worker, RankedWorker) else None
+
+    @property
     def branches_apart(self) -> bool:
         """True if branches of guidance have ranks of their own, so that they run at the same time."""
         return self.parts.shard.branches.size > 1
@@ -72,6 +78,9 @@ def make_resources(
     client = WorkerClient(worker or LocalWorker(config, preset, parts, executor))
     kv_dtype = KV_DTYPES[config.kv_dtype] if config.kv_dtype is not None else dtype
     clients = [client]
+    if parts.shard.columns.size > 1:
+        decoder = RankedDecoder(parts.vae, client, parts.shard.columns.size)
+        parts = replace(parts, vae=decoder)
     if isinstance(client.worker, RankedWorker) and (places := parts.shard.branches.size) > 1:
         clients = [WorkerClient(client.worker.of_branches(place), client) for place in range(places)]
     kv_manager = KVManager(parts.transformer.spec, preset, (dtype, kv_dtype), clients, config.kv_memory, parts.shard)

@@ -22,13 +22,13 @@ class Sampler:
     """Schedule of a `SamplerSpec`; `begin` makes the solver of one block.
 
     strength: fraction of the noise, in (0, 1], that is added to a given video; it scales the timesteps. UsageError for
-    another value, and for one below 1 with a solver that takes no step list.
+    another value, and for one below 1 with a solver that starts from noise alone.
     """
 
     def __init__(self, spec: SamplerSpec, strength: float = 1.0) -> None:
         if not 0 < strength <= 1:
             raise UsageError(f"strength is {strength}; expected a number above 0, up to 1")
-        if strength < 1 and not spec.has_step_list:
+        if strength < 1 and not spec.takes_strength:
             raise UsageError(f"strength is {strength}, but solver {spec.solver} starts from noise; leave it at 1")
         self.spec, self.strength = spec, strength
 

@@ -5,7 +5,8 @@ A file (`VideoWriter`), a terminal, a socket or memory is a sink: anything with 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Generic, Literal, Protocol, Self, TypeVar
@@ -58,11 +59,18 @@ class Pump(Generic[AnyBlock]):
 
     As a context manager it opens the sinks. At the end, by an error too, it closes the stream and then each sink.
     stream: blocks, such as `session.stream()`. first: frames before those of the stream, such as
-    `session.prefix_frames`. dropped: number of blocks left out, for each sink. UsageError for a block without frames.
+    `session.prefix_frames`. note: called with the seconds (`time.perf_counter`) at which sinks began to take frames and
+    had them. dropped: number of blocks left out, for each sink. UsageError for a block without frames.
     """
 
-    def __init__(self, stream: Iterable[AnyBlock], *sinks: Sink, first: Frames | None = None) -> None:
-        self.stream, self.sinks, self.first = iter(stream), sinks, first
+    def __init__(
+        self,
+        stream: Iterable[AnyBlock],
+        *sinks: Sink,
+        first: Frames | None = None,
+        note: Callable[[float, float], object] | None = None,
+    ) -> None:
+        self.stream, self.sinks, self.first, self.note = iter(stream), sinks, first, note
         self.dropped = [0] * len(sinks)
         self._opened = ExitStack()
 
@@ -94,8 +102,11 @@ class Pump(Generic[AnyBlock]):
         return block
 
     def _feed(self, frames: Frames) -> None:
+        begin = time.perf_counter()
         for index, sink in enumerate(self.sinks):
             if sink.when_full == "drop" and sink.full:
                 self.dropped[index] += 1
             else:
                 sink.add(frames)
+        if self.note is not None:
+            self.note(begin, time.perf_counter())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.collectives import all_to_all, group_of
 from ..kernels.spec import using
+from ..models.decoder import StreamState
+from ..models.registry import family_of
 from ..models.transformer import KeyValues
 from ..schemes.presets import Preset
 from .config import DTYPES, EngineConfig
@@ -24,6 +28,7 @@ from .plans import (
     AverageSink,
     CloseStore,
     Condition,
+    Decode,
     EmbedFrames,
     Grid,
     GrowStore,
@@ -36,17 +41,21 @@ from .plans import (
     OpenStore,
     PassPlan,
     Plan,
+    ReadDecoding,
     ReadHost,
     ReadPages,
     ReadSink,
     RefreshWeights,
     Release,
+    SetDecoding,
     SetSink,
+    TimeExchange,
     UseAdapter,
     WritePages,
     WriteSink,
 )
 from .streams import make_current, to_device
+from .telemetry.profile import synchronise
 
 
 @dataclass
@@ -79,6 +88,9 @@ class LocalWorker:
         self.stores: dict[Grid, PagedStore] = {}
         self.prompts: dict[int, Prompt] = {}
         self.frames: dict[int, dict[Executor, Frames]] = {}
+        family, columns = family_of(parts.transformer.spec), parts.shard.columns
+        self.decoder = family.column_decoder(parts.vae, columns) if columns.size > 1 else None
+        self.decodings: dict[int, StreamState] = {}
         self.sinks: dict[int, Tensor] = {}  # [layers, 2, sink frames, page_tokens, heads, head_dim]
         self.hosts: dict[int, tuple[Tensor, Tensor | None]] = {}  # keys and values, scales
         self.runs: dict[type[Any], Callable[..., list[Tensor] | None]] = {
@@ -101,6 +113,10 @@ class LocalWorker:
             SetSink: self.set_sink,
             Condition: self.condition,
             EmbedFrames: self.embed_frames,
+            Decode: self.decode,
+            ReadDecoding: self.read_decoding,
+            SetDecoding: self.set_decoding,
+            TimeExchange: self.time_exchange,
             UseAdapter: self.use_adapter,
             RefreshWeights: self.refresh_weights,
             Release: self.release,
@@ -126,10 +142,14 @@ class LocalWorker:
             assert kinds is not None
             (actions,) = self.actions.put([F.one_hot(torch.tensor(plan.actions), kinds).to(self.dtype)])
         parts = [self.frames[number][executor] for number in plan.frames]
-        given = {"given": executor.join_frames(parts)} if parts else {}
+        given: dict[str, Any] = {"given": executor.join_frames(parts)} if parts else {}
         if plan.whole:
             frames = [range(block.first, block.first + block.frames) for block in plan.whole]
             seeds = [block.seed for block in plan.whole]
+            if plan.before is not None:
+                assert latents is not None
+                first = self.stores[plan.layout.grid].attention(plan.before, len(plan.texts))
+                given["before"] = latents, first
             return [executor.run_block(self.latent_shape(plan), text, attention, frames, seeds, actions, **given)]
         assert latents is not None
         timesteps = to_device(torch.tensor(plan.timesteps, dtype=torch.float32), self.device)
@@ -248,8 +268,41 @@ class LocalWorker:
     def set_sink(self, plan: SetSink, sink: Tensor) -> None:
         self.sinks[plan.sink] = sink.to(self.stores[plan.grid].device)
 
+    # Pictures
+
+    def decode(self, plan: Decode, latents: Tensor) -> list[Tensor]:
+        assert self.decoder is not None
+        state = StreamState() if plan.before is None else self.decodings[plan.before].clone()
+        state.frames = plan.frames
+        pixels = self.decoder.decode(latents, state)
+        self.decodings[plan.after] = state
+        return [] if pixels is None else [pixels]
+
+    def read_decoding(self, plan: ReadDecoding) -> list[Tensor]:
+        history = self.decodings[plan.state].history
+        return [torch.tensor(list(history)), *history.values()]
+
+    def set_decoding(self, plan: SetDecoding, *tensors: Tensor) -> None:
+        own = [tensor.to(self.device) for tensor in tensors]
+        self.decodings[plan.state] = StreamState(dict(zip(plan.slots, own, strict=True)))
+
+    # Ranks
+
+    def time_exchange(self, plan: TimeExchange) -> list[Tensor]:
+        group = self.parts.shard.every
+        ranks = group_of(group).size
+        x = torch.zeros(ranks, max(1, plan.nbytes // ranks), dtype=torch.uint8, device=self.device)
+        out = torch.empty_like(x)
+        all_to_all(x, group=group, out=out)  # the first call makes connections
+        synchronise(self.device)
+        begun = time.perf_counter()
+        for _ in range(plan.calls):
+            all_to_all(x, group=group, out=out)
+        synchronise(self.device)
+        return [torch.tensor([(time.perf_counter() - begun) / plan.calls])]
+
     def release(self, plan: Release) -> None:
-        for kept in (self.prompts, self.frames, self.sinks, self.hosts):
+        for kept in (self.prompts, self.frames, self.decodings, self.sinks, self.hosts):
             for number in plan.numbers:
                 kept.pop(number, None)
 

@@ -49,6 +49,12 @@ class ScheduledPass:
         return {number: run for number, run in runs if run is not None}
 
     @property
+    def own(self) -> Pass:
+        """The pass over the blocks that it denoises, without the block that it commits."""
+        committed = () if self.committed is None else self.committed.frames
+        return replace(self.run, groups=tuple(group for group in self.run.groups if group.frames[0] not in committed))
+
+    @property
     def context(self) -> int:
         """Most latent frames that one of its groups sees, itself included."""
         return max(len(group.context) for group in self.run.groups)
@@ -111,12 +117,16 @@ B = TypeVar("B", bound=InFlight)
 def supports_whole_block(preset: Preset, block: int | None = None) -> bool:
     """True where all steps and the commit of a block can be one program: one block in flight, no guidance.
 
-    All of them then read the same page tables and text. block: the number of a block, of which the first cannot if it
-    has a step list of its own.
+    All of them then read the same page tables and text; with `commit_in_next`, the first step and the commit of the
+    block before read other tables, and its frames are given no channels. block: the number of a block, of which the
+    first cannot if it has a step list of its own, nor the second if it commits one of another size.
     """
+    policy = preset.context
     own_steps = block == 0 and bool(preset.sampler.denoising_step_list_first_chunk)
-    alone = preset.window_blocks == 1 and branches(preset) == 1 and not preset.context.commit_in_next
-    return alone and preset.context.has_one_context and not own_steps
+    unequal = block == 1 and policy.commit_in_next and preset.block_size(0) != preset.num_frame_per_block
+    alone = preset.window_blocks == 1 and branches(preset) == 1
+    channels = policy.commit_in_next and policy.image == "channels"
+    return alone and policy.has_one_context and not (own_steps or unequal or channels)
 
 
 def branch_run(guidance: Guidance, run: Pass, number: int) -> Pass | None:

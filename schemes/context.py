@@ -48,7 +48,7 @@ class ContextPolicy:
     noise2clean_kvrange: blocks that a block sees, itself the last of them, in each of equally many shares of its steps,
     the noisiest first; empty where the blocks in flight see each other and the window. clean_chunk_kvrange: blocks that
     a commit sees, itself the last; 0 for the window. Sources: MAGI-1 (arXiv 2505.13211), whose names they are.
-    commit_in_next: the commit of a block runs in the first pass of the next one.
+    commit_in_next: the commit of a block runs in the first pass of the next one, or by itself before a new prompt.
     clean_text: what frames attend to in passes over clean latents: the `prompt`, or the `null` caption.
     clean_weights: what runs passes over clean latents, and so makes the cache: the `plain` weights, or the `memory`
     weights, a second full set (SGF+, arXiv 2610.10429).

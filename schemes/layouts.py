@@ -12,20 +12,21 @@ from dataclasses import dataclass
 from ..errors import UsageError, nearest, quoted
 from ..graphs.tiles import nested_tiles
 
-HEADS, TOKENS, BRANCHES = "ulysses", "pass-q", "guidance"
+HEADS, TOKENS, BRANCHES, LAYERS = "ulysses", "pass-q", "guidance", "layers"
 JOINT = f"{HEADS}+{TOKENS}"
-LAYOUTS = (HEADS, TOKENS, JOINT, BRANCHES, f"{BRANCHES}+{HEADS}", f"{BRANCHES}+{TOKENS}")
+LAYOUTS = (HEADS, TOKENS, JOINT, BRANCHES, f"{BRANCHES}+{HEADS}", f"{BRANCHES}+{TOKENS}", LAYERS)
 AUTO = "auto"
 MOST_RANKS = 64
 
 
 @dataclass(frozen=True)
 class RankGrid:
-    """Ranks of one world: branches of guidance x parts of tokens x parts of heads, heads fastest."""
+    """Ranks of one world: branches of guidance x parts of tokens x parts of heads, heads fastest; or of layers."""
 
     heads: int = 1
     tokens: int = 1
     branches: int = 1
+    layers: int = 1
 
     @property
     def tiles(self) -> int:
@@ -34,12 +35,12 @@ class RankGrid:
 
     @property
     def ranks(self) -> int:
-        return self.branches * self.tiles
+        return self.branches * self.tiles * self.layers
 
     @property
     def layout(self) -> str:
         """Name of the layout, one of `LAYOUTS`."""
-        parts = ((BRANCHES, self.branches), (HEADS, self.heads), (TOKENS, self.tokens))
+        parts = ((BRANCHES, self.branches), (HEADS, self.heads), (TOKENS, self.tokens), (LAYERS, self.layers))
         return "+".join(name for name, size in parts if size > 1)
 
 
@@ -47,7 +48,7 @@ class RankGrid:
 class Divided:
     """Counts that ranks divide: heads of queries, heads of keys and values, and a frame's tokens (rows, columns).
 
-    branches: of guidance that can run beside each other; even: they take equally long.
+    branches: of guidance that can run beside each other; even: they take equally long. layers: of the network.
     """
 
     heads: int
@@ -55,10 +56,13 @@ class Divided:
     grid: tuple[int, int]
     branches: int = 1
     even: bool = True
+    layers: int = 1
 
     def against(self, grid: RankGrid) -> str | None:
         """Why ranks cannot be divided like that; None where they can."""
         rows, columns = self.grid
+        if grid.layers > self.layers:
+            return f"there are {self.layers} layers for {grid.layers} ranks"
         if grid.branches not in (1, self.branches):
             return f"guidance has {self.branches} branches that run beside each other"
         if self.heads % grid.heads or self.kv_heads % grid.heads:
@@ -88,6 +92,8 @@ class Divided:
             yield RankGrid(1, tiles, branches)
         elif layout == BRANCHES and tiles == 1:
             yield RankGrid(1, 1, branches)
+        elif layout == LAYERS:
+            yield RankGrid(layers=ranks)
 
     def grid_of(self, layout: str, ranks: int) -> RankGrid | None:
         """The grid of a layout on `ranks` ranks; None where it does not fit."""
@@ -106,7 +112,10 @@ class Divided:
 
     @property
     def preferred(self) -> tuple[str, ...]:
-        """Layouts that `auto` takes, the first that fits: those that send less before those that send more."""
+        """Layouts that `auto` takes, the first that fits: those that send less before those that send more.
+
+        `layers` is not among them: its ranks run one after another.
+        """
         by_branch = [layout for layout in LAYOUTS if BRANCHES in layout.split("+")]
         within = [HEADS, JOINT, TOKENS]
         return tuple([*by_branch, *within] if self.even and self.branches > 1 else within)
@@ -171,12 +180,17 @@ class PassShape:
 
 
 def bytes_sent(
-    grid: RankGrid, shape: PassShape, divided: Divided, head_dim: int, layers: int, item: int, last_reads: bool = True
-) -> int:
+    grid: RankGrid, shape: PassShape, divided: Divided, head_dim: int, layers: int, item: int, last_reads: bool = True,
+    place: int = 0,
+) -> int:  # fmt: skip
     """Bytes that one rank sends to all others of one pass.
 
-    item: bytes of a number. last_reads: False where nothing reads the result of the last layer's attention.
+    item: bytes of a number. last_reads: False where nothing reads the result of the last layer's attention. place: of
+    the rank among those that hold layers.
     """
+    if grid.layers > 1:
+        tokens = shape.tokens * divided.heads * head_dim if place < grid.layers - 1 else 0
+        return (tokens + (grid.layers - 1) * shape.velocity) * shape.batch * item
     tile, heads = shape.batch * shape.tokens // grid.tiles, divided.heads // grid.heads  # tokens and heads of a rank
     region, kv_heads = tile * grid.heads, divided.kv_heads // grid.heads
     entry, wide = head_dim * item, max(item, 4)
@@ -190,6 +204,10 @@ def bytes_sent(
 
 
 def collectives(grid: RankGrid, layers: int, sinks: bool) -> int:
-    """Collectives of one pass: two or three a layer and dimension of the grid, and one for the velocity."""
+    """Collectives of one pass, one after another: two or three a layer and dimension of the grid, or one between two
+    ranks that hold layers; and one for the velocity.
+    """
+    if grid.layers > 1:
+        return grid.layers
     each = 2 * (grid.heads > 1) + (2 + sinks) * (grid.tokens > 1)
     return layers * each + (grid.tiles > 1)

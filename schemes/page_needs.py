@@ -26,13 +26,15 @@ class PageNeeds:
 def page_needs(preset: Preset) -> PageNeeds:
     """Pages that the policy can ask for at most."""
     policy, block = preset.context, preset.num_frame_per_block
-    limits = [policy.local_attn_size + policy.sink_beside_window] if policy.local_attn_size != -1 else []
+    # A block that is denoised alone has pages of its own, while the block before still sees its own window.
+    both = block if policy.commit_in_next and preset.window_blocks == 1 else 0
+    limits = [policy.local_attn_size + policy.sink_beside_window + both] if policy.local_attn_size != -1 else []
     if policy.segment_frames:
         limits.append(policy.segment_frames)
     if not policy.commit:
         limits.append(policy.rebuild_frames + block)
     context = min(limits, default=None)
-    reserve = policy.rewind_blocks * (block if policy.commit else block + policy.rebuild_frames)
+    reserve = policy.rewind_blocks * (block + both if policy.commit else block + policy.rebuild_frames)
     if policy.rewind_blocks and policy.segment_frames:
         reserve += policy.rebuild_frames
     if policy.rewind_blocks and policy.prompt_switch == "recache":
@@ -45,9 +47,10 @@ def page_needs(preset: Preset) -> PageNeeds:
 
 def window(preset: Preset) -> int:
     """Latent frames that a block sees at most, itself included, for a preset whose window has an end."""
-    context = page_needs(preset).context
+    context, policy = page_needs(preset).context, preset.context
     assert context is not None, preset.name
-    return context - preset.context.sink_beside_window
+    both = preset.num_frame_per_block if policy.commit_in_next and preset.window_blocks == 1 else 0
+    return context - policy.sink_beside_window - both
 
 
 def branches(preset: Preset) -> int:

@@ -84,11 +84,12 @@ class Preset:
     def check_experts(self, boundary: float) -> None:
         """UsageError for a policy under which one pass would need both experts."""
         policy = self.context
-        if self.window_blocks > 1 or policy.image == "clamp" or policy.clean_weights != "plain":
+        mixed = self.window_blocks > 1 or policy.image == "clamp" or policy.commit_in_next
+        if mixed or policy.clean_weights != "plain":
             raise UsageError(
                 f"boundary_ratio is {boundary}, but window_blocks is {self.window_blocks}, image "
-                f"{quoted(policy.image)} and clean_weights {quoted(policy.clean_weights)}: one pass would need both "
-                "experts; use 1, prefix and plain"
+                f"{quoted(policy.image)}, commit_in_next {policy.commit_in_next} and clean_weights "
+                f"{quoted(policy.clean_weights)}: one pass would need both experts; use 1, prefix, false and plain"
             )
 
     @property
@@ -117,6 +118,11 @@ class Preset:
         if latent_frames <= first:
             return int(latent_frames > 0)
         return 1 - (first - latent_frames) // self.num_frame_per_block
+
+    def whole_blocks(self, latent_frames: int) -> int:
+        """Latent frames of the whole blocks among that many from the start; 0 where they are fewer than a block."""
+        first = self.block_size(0)
+        return 0 if latent_frames < first else latent_frames - (latent_frames - first) % self.num_frame_per_block
 
 
 PARTS: tuple[tuple[str | None, type], ...] = ((None, Preset), ("sampler", SamplerSpec), ("context", ContextPolicy))

@@ -16,7 +16,7 @@ TABLES = ("exact", "truncated")
 @dataclass(frozen=True)
 class SolverRules:
     """Settings that a solver takes. step_list: its steps are `denoising_step_list`, from any noise level on; otherwise
-    it makes `num_steps` steps from pure noise.
+    it makes `num_steps` steps, from pure noise or, with `partial`, from any noise level on.
 
     to_clean: the network's velocity leads from noise to clean latents, and its timesteps ascend with it, as MAGI-1's
     do; otherwise both are those of noise.
@@ -27,9 +27,12 @@ class SolverRules:
     step_list: bool
     condition: Callable[[int, int], float] | None = None
     to_clean: bool = False
+    partial: bool = False
 
 
-SOLVERS: dict[str, SolverRules] = {"renoise": SolverRules(step_list=True), "unipc": SolverRules(step_list=False)}
+SOLVERS: dict[str, SolverRules] = {
+    "renoise": SolverRules(step_list=True), "unipc": SolverRules(step_list=False, partial=True)
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,12 @@ class SamplerSpec:
         """Condition of a step that the network takes besides its timestep; None for none."""
         rule = SOLVERS[self.solver].condition
         return None if rule is None else rule(self.steps, step)
+
+    @property
+    def takes_strength(self) -> bool:
+        """True if a block can start from a video with less noise than all."""
+        rules = SOLVERS[self.solver]
+        return rules.step_list or rules.partial
 
     @property
     def has_step_list(self) -> bool:

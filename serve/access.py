@@ -7,7 +7,9 @@ that a page of another site makes.
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import hashlib
 import hmac
 from collections.abc import Collection
 from urllib.parse import urlsplit
@@ -24,21 +26,23 @@ TOKEN_PROTOCOL = "inferix.token."  # of WebSockets; the token follows in URL-saf
 
 
 class Access:
-    """Refuses requests without the token, from other sites, and with bodies that are too long.
+    """Refuses requests without the token, from other sites, and with bodies that are too long or do not end.
 
-    open_paths: paths that need no token. upload_bytes: longest body.
+    open_paths: paths that need no token. upload_bytes: longest body; stall_seconds: for its next part to come.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None, open_paths: Collection[str], upload_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, token: str | None, open_paths: Collection[str], upload_bytes: int, stall_seconds: float
+    ) -> None:
         self.app, self.token, self.open_paths = app, token, open_paths
-        self.upload_bytes = upload_bytes
+        self.upload_bytes, self.stall_seconds = upload_bytes, stall_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
         refusal = self.refusal(scope)
         if refusal is None:
-            return await self.app(scope, limited(receive, self.upload_bytes, scope), send)
+            return await self.app(scope, limited(receive, self.upload_bytes, self.stall_seconds, scope), send)
         response = JSONResponse({"error": refusal.as_dict()}, refusal.status, refusal.headers)
         if scope["type"] == "websocket":
             await WebSocket(scope, receive, send).send_denial_response(response)
@@ -73,8 +77,9 @@ def host_name(address: str) -> str | None:
 
 
 def equal(one: str, other: str) -> bool:
-    """Compare in a time that does not depend on where two tokens differ."""
-    return hmac.compare_digest(one.encode("utf-8", "surrogateescape"), other.encode())
+    """Compare in a time that depends neither on where two tokens differ nor on their lengths: hashes are compared."""
+    hashes = (hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest() for token in (one, other))
+    return hmac.compare_digest(*hashes)
 
 
 def sent_tokens(headers: Headers) -> list[str]:
@@ -97,15 +102,26 @@ def from_base64(text: str) -> str:
         return ""
 
 
-def limited(receive: Receive, most: int, scope: Scope) -> Receive:
-    """The body of a request, of at most `most` bytes; Refusal once there are more, whatever its header says."""
+def limited(receive: Receive, most: int, seconds: float, scope: Scope) -> Receive:
+    """The body of a request, of at most `most` bytes; Refusal once there are more, whatever its header says.
+
+    seconds: that the next part may take; Refusal after them.
+    """
     if scope["type"] != "http":
         return receive
-    seen = 0
+    seen, whole = 0, False
 
     async def counted() -> Message:
-        nonlocal seen
-        message = await receive()
+        nonlocal seen, whole
+        if whole:
+            return await receive()
+        try:
+            async with asyncio.timeout(seconds):
+                message = await receive()
+        except TimeoutError:
+            limit = ("stall_seconds", seconds)
+            raise Refusal("too_late", f"no more of the body came within {seconds:g} s", 408, limit) from None
+        whole = not message.get("more_body", False)
         seen += len(message.get("body", b""))
         if seen > most:
             raise too_long(most)

@@ -36,7 +36,7 @@ class ErrorBody(BaseModel):
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The answers of a route besides its own, for the OpenAPI document."""
-    return {status: {"model": ErrorBody} for status in (400, 401, 403, 422, *statuses)}
+    return {status: {"model": ErrorBody} for status in (400, 401, 403, 408, 422, *statuses)}
 
 
 def add_error_answers(app: FastAPI) -> None:

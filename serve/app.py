@@ -38,12 +38,13 @@ from .settings import ServeSettings
 from .trace import Trace
 from .video_jobs import VideoJobs
 from .video_routes import video_routes
-from .whep import LONGEST_SDP, Whep
+from .webrtc import LONGEST_SDP, Answered, WebRtc, takes_video
 from .worlds import SUFFIX, Worlds
 
 ENCODER_THREADS = 2
 LONGEST_TRACE = 60  # seconds
 
+Seed = Annotated[int, Query(ge=0, lt=2**53)]
 Id = Annotated[str, InPath(pattern="^[0-9a-f]{32}$", description="32 hex digits")]
 
 
@@ -56,7 +57,10 @@ class Health(BaseModel):
 
 
 class ModelInfo(BaseModel):
-    """A model that the server runs. examples: prompts that it follows."""
+    """A model that the server runs. examples: prompts that it follows.
+
+    video_in: sessions can be made from live video.
+    """
 
     id: str
     object: str = "model"
@@ -67,6 +71,7 @@ class ModelInfo(BaseModel):
     fps: int
     actions: list[str]
     camera: bool
+    video_in: bool
     rewind_blocks: int
     examples: list[str]
 
@@ -92,19 +97,19 @@ class Server:
         self.host = EngineHost(engine)
         self.metrics = ServerMetrics(engine)
         shared = settings.shared or folder
-        self.worlds = Worlds(shared / "worlds", settings.worlds)
+        self.worlds = Worlds(shared / "worlds", settings.worlds, settings.prompt_characters)
         self.checkpoints = Checkpoints(shared / "checkpoints")
         self.jobs = VideoJobs(self.host, settings, folder / "videos")
         self.recordings = Recordings(
             folder / "recordings", settings.recordings, settings.recordings_kept, settings.recording_seconds,
             settings.push_to,
         )
-        self.trace = Trace()
+        self.trace = Trace(engine.manager.ranges)
         engine.observe(self.trace.observe)
         self.live = LiveSessions(
             self.host, settings, self.worlds, self.recordings, self.metrics, self.checkpoints, self.trace
         )
-        self.whep = Whep(self.live)
+        self.webrtc = WebRtc(self.live)
         self.pool = ThreadPoolExecutor(ENCODER_THREADS, "encoder")
 
     @asynccontextmanager
@@ -120,7 +125,7 @@ class Server:
         finally:
             sweeper.cancel()
             await self.drain()
-            await self.whep.close()
+            await self.webrtc.close()
             await self.jobs.stop()
             await asyncio.to_thread(self.host.stop)
             self.pool.shutdown(cancel_futures=True)
@@ -149,7 +154,7 @@ class Server:
             replica=self.checkpoints.owner, status=self.health().status, sessions=self.live.places_taken,
             places=self.settings.sessions, room=None if math.isinf(room) else int(room), load=gauges["load"],
             pages_in_use=int(gauges["pages_in_use"]), slack=min(slacks, default=None),
-            holds=session is not None and session in self.live.sessions,
+            holds=session is not None and session in self.live.sessions, jobs=self.jobs.unfinished,
         )  # fmt: skip
 
     def models(self) -> ModelList:
@@ -157,7 +162,8 @@ class Server:
         info = ModelInfo(
             id=engine.parts.source, preset=engine.preset.name, size=engine.default_size, fps=engine.fps,
             actions=list(engine.spec.actions), camera=engine.spec.camera_channels is not None,
-            rewind_blocks=engine.preset.context.rewind_blocks, examples=list(family_of(engine.spec).examples),
+            video_in=takes_video(engine), rewind_blocks=engine.preset.context.rewind_blocks,
+            examples=list(family_of(engine.spec).examples),
         )  # fmt: skip
         return ModelList(data=[info])
 
@@ -194,9 +200,10 @@ def make_app(server: Server) -> Access:
     add_worlds(app, server)
     add_recordings(app, server)
     add_live(app, server)
-    add_whep(app, server)
+    add_webrtc(app, server)
     app.include_router(video_routes(server.jobs))
-    return Access(app, server.settings.token, tuple(PAGE_FILES), server.settings.upload_bytes)
+    settings = server.settings
+    return Access(app, settings.token, tuple(PAGE_FILES), settings.upload_bytes, settings.stall_seconds)
 
 
 def lifespan(server: Server) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
@@ -279,18 +286,26 @@ def add_live(app: FastAPI, server: Server) -> None:
         await Connection(socket, server.live, server.pool).serve()
 
 
-def add_whep(app: FastAPI, server: Server) -> None:
+def add_webrtc(app: FastAPI, server: Server) -> None:
     sdp = {"content": {"application/sdp": {"schema": {"type": "string", "maxLength": LONGEST_SDP}}}}
     answers: dict[int | str, dict[str, Any]] = {201: {"description": "The answer", **sdp}}
+    body = {"requestBody": {"required": True, **sdp}}
+    refused = errors(404, 413, 501, 503)
+
+    def answer(way: str, answered: Answered) -> Response:
+        headers = {"Location": f"/v1/{way}/{answered.session}", "Inferix-Resume": answered.resume}
+        return Response(answered.sdp, 201, headers, "application/sdp")
+
+    async def offer(request: Request) -> str:
+        return (await request.body()).decode("utf-8", "replace")
 
     @app.post(
-        "/v1/whep", status_code=201, responses={**answers, **errors(404, 413, 501, 503)}, response_class=Response,
-        openapi_extra={"requestBody": {"required": True, **sdp}},
-    )  # fmt: skip
-    async def offer(
+        "/v1/whep", status_code=201, responses={**answers, **refused}, response_class=Response, openapi_extra=body
+    )
+    async def watch(
         request: Request,
         prompt: str | None = None,
-        seed: Annotated[int, Query(ge=0, lt=2**53)] = 0,
+        seed: Seed = 0,
         session: Annotated[str | None, Query(pattern="^[0-9a-f]{32}$")] = None,
         resume: Annotated[str, Query(max_length=128)] = "",
     ) -> Response:
@@ -298,12 +313,29 @@ def add_whep(app: FastAPI, server: Server) -> None:
         begin: Open | Attach = Open(id=0, type="open", prompt=prompt, seed=seed)
         if session is not None:
             begin = Attach(id=0, type="attach", session=session, resume=resume or "-")
-        text = (await request.body()).decode("utf-8", "replace")
-        answer, id = await server.whep.offer(text, begin)
-        return Response(answer, 201, {"Location": f"/v1/whep/{id}"}, "application/sdp")
+        return answer("whep", await server.webrtc.watch(await offer(request), begin))
+
+    @app.post(
+        "/v1/whip", status_code=201, responses={**answers, **refused}, response_class=Response, openapi_extra=body
+    )
+    async def publish(
+        request: Request,
+        prompt: str,
+        seed: Seed = 0,
+        strength: Annotated[float, Query(gt=0, le=1)] = 0.6,
+    ) -> Response:
+        """Send video by WebRTC (WHIP), and have a session made from it; `sendrecv` shows it on the same connection."""
+        begin = Open(id=0, type="open", prompt=prompt, seed=seed)
+        return answer("whip", await server.webrtc.publish(await offer(request), begin, strength))
 
     @app.delete("/v1/whep/{id}", responses=errors(404))
-    async def end(id: Id) -> dict[str, str]:
+    async def end_watched(id: Id) -> dict[str, str]:
         """End a session that is watched by WebRTC."""
-        server.whep.end(id)
+        server.webrtc.end("whep", id)
+        return {"id": id, "object": "session.ended"}
+
+    @app.delete("/v1/whip/{id}", responses=errors(404))
+    async def end_published(id: Id) -> dict[str, str]:
+        """End a session that is made from video by WebRTC."""
+        server.webrtc.end("whip", id)
         return {"id": id, "object": "session.ended"}

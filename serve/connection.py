@@ -219,21 +219,20 @@ class Connection:
         trace, stream = self.hub.trace, live.session.id  # the engine's id, as in its records
         self._encoding = self.pool.submit(encode, trace, stream, encoder, block)
         payloads = await asyncio.wrap_future(self._encoding)
-        now = time.perf_counter()
-        for receipt in block.applied(now, self.hub.metrics):
-            await self._send(receipt)
         frame, name = state.frame, encoder.format.name
-        for index, payload in enumerate(payloads):
-            flags = KEY * payload.key | FIRST * (index == 0) | LAST * (index == len(payloads) - 1)
-            message = media_message(
-                name, flags, state.rollout, state.block, frame, payload.frames, payload.data
-            )
-            await self._send_message(message)
-            frame += payload.frames
         size = sum(len(payload.data) for payload in payloads)
-        trace.add("transport", f"send {name}", stream, now, time.perf_counter(), block=state.block, bytes=size)
+        with trace.span("transport", f"send {name}", stream, block=state.block, bytes=size):
+            for receipt in block.applied(time.perf_counter(), self.hub.metrics):
+                await self._send(receipt)
+            for index, payload in enumerate(payloads):
+                flags = KEY * payload.key | FIRST * (index == 0) | LAST * (index == len(payloads) - 1)
+                message = media_message(
+                    name, flags, state.rollout, state.block, frame, payload.frames, payload.data
+                )
+                await self._send_message(message)
+                frame += payload.frames
         self.hub.metrics.sent.labels(name).inc(size)
-        await self._send(live.state_for_viewer(state))
+        await self._send(live.state_for_viewer(block))
 
     async def _refuse(self, id: int | str | None, refusal: Refusal) -> None:
         self.hub.metrics.refused(refusal)

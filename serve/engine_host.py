@@ -57,7 +57,13 @@ class EngineHost:
 
     @property
     def alive(self) -> bool:
-        return self.thread.is_alive()
+        """True while blocks can be made."""
+        return self.thread.is_alive() and self.engine.fault is None
+
+    @property
+    def reason(self) -> object:
+        """What ended the engine, if anything did."""
+        return self.failure or self.engine.fault
 
     async def call(self, function: Callable[[], T]) -> T:
         """Call a function between two blocks; raises what it raises."""

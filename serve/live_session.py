@@ -61,7 +61,8 @@ from .protocol import (
 from .recording import Recording, Recordings
 from .refusals import Refusal, refusal_of
 from .settings import ServeSettings
-from .worlds import Worlds
+from .video_in import VideoIn
+from .worlds import Worlds, note_of
 
 LOG = logging.getLogger("inferix.serve")
 RATE_BLOCKS = 8  # blocks that the rate is measured over
@@ -92,10 +93,14 @@ class Hub(Protocol):
 
 @dataclass
 class Start:
-    """Start of a stream. prompt: None if it is not known, as of an uploaded world."""
+    """Start of a stream. prompt: None if it is not known, as of a session that a program saved.
+
+    strength: of a session made from live video, as for `Engine.open`.
+    """
 
     prompt: str | None
     seed: int | None
+    strength: float | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,7 @@ class LiveSession:
         self.releases: list[Receipt] = []  # that came before their press took effect
         self.pacer = Pacer()
         self.recording: Recording | None = None
+        self.video: VideoIn | None = None
         self._attached = asyncio.Event()
         self._producer: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -173,9 +179,13 @@ class LiveSession:
             prompt=self.start.prompt, seed=self.start.seed, paused=self.paused, next_block=self.session.next_block,
         )  # fmt: skip
 
-    def state_for_viewer(self, state: State) -> State:
-        """A block's state, with what waits for its viewer now."""
+    def state_for_viewer(self, block: LiveBlock) -> State:
+        """A block's state, with what waits for its viewer now, and the latency of live video."""
+        state = block.state
         state.waiting, state.skipped = self.outbox.blocks, self.outbox.skipped
+        if block.arrived is not None:
+            state.latency = time.perf_counter() - block.arrived
+            self.hub.metrics.video_to_pixel.observe(state.latency)
         return state
 
     def detach(self, viewer: Viewer) -> None:
@@ -199,21 +209,32 @@ class LiveSession:
         try:
             while not self.session.closed:
                 await self._wait_for_turn()
-                requested, count = time.perf_counter(), self.pacer.count(time.perf_counter())
+                arrived = None if self.video is None else await self._feed(self.video)
+                requested = time.perf_counter()
+                count = self.pacer.count(requested) if self.video is None else 1
                 async with aclosing(self.session.astream(count)) as blocks:  # type: ignore[type-var]
                     async for block in blocks:
-                        self._show(block, requested if count == 1 else None)
+                        self._show(block, requested if count == 1 else None, arrived)
                 await self._checkpoint_if_due()
             self.end("stopped", "the session was stopped")
         except SessionEnded as error:
             self.end("stopped" if self.stopping else "ended", one_line(error))
         except Exception as error:  # of any kind: it ended this session in the engine, and the others go on
             LOG.warning("session %s failed: %s", self.id, one_line(error))
-            self.end("failed" if self.hub.host.failure is None else "lost", one_line(error))
+            self.end("failed" if self.hub.host.alive else "lost", one_line(error))
+
+    async def _feed(self, video: VideoIn) -> float | None:
+        """Give the next block its pictures; returns when the first of them arrived, None for a block that has them."""
+        wanted = await self.hub.host.call(lambda: self.session.pictures_wanted)
+        if not wanted:
+            return None
+        arrived, pictures = await video.take(wanted)
+        await self.hub.host.call(partial(self.session.feed, pictures))
+        return arrived
 
     async def _checkpoint_if_due(self) -> None:
         """Save the session for another server, once enough blocks were made since the last time."""
-        every = self.hub.settings.checkpoint_every
+        every = 0 if self.video is not None else self.hub.settings.checkpoint_every
         if every == 0 or self.session.closed or self.session.next_block - self.saved_at < every:
             return
         if not self.hub.checkpoints.owns(self.id):
@@ -246,10 +267,11 @@ class LiveSession:
             waited = time.perf_counter() - since
             self.outbox.put(Notice(kind="waited", message="the stream waited for its viewer", seconds=waited))
             self.pacer.restart()
-        await asyncio.sleep(self.pacer.wait(time.perf_counter()))
+        if self.video is None:  # whose pictures come no earlier than they are due
+            await asyncio.sleep(self.pacer.wait(time.perf_counter()))
         await self._attached.wait()
 
-    def _show(self, block: Block, requested: float | None) -> None:
+    def _show(self, block: Block, requested: float | None, arrived: float | None = None) -> None:
         """Put a finished block with its receipts and the state after it into the outbox."""
         assert block.frames is not None
         now, fps, count = time.perf_counter(), self.hub.host.engine.fps, len(block.frames)
@@ -268,8 +290,9 @@ class LiveSession:
             action=self.keys.action, seed=self.start.seed, position=self.next_frame / fps, rate=self._rate(),
             slack=slack, kept_from=self.kept_from, seconds=block.timings, waiting=0, skipped=0,
             overload=list(record.degradations), drift=record.drift,
+            dropped=None if self.video is None else self.video.dropped,
         )  # fmt: skip
-        live_block = LiveBlock(block.frames, state, receipts)
+        live_block = LiveBlock(block.frames, state, receipts, arrived)
         if self.recording is not None:
             self.recording.add(live_block)
         skipped = self.outbox.put_block(live_block)
@@ -327,9 +350,9 @@ class LiveSession:
         async with self._still():
             with suppress(InferixError):  # such as one that is failing: it ends all the same
                 await self._show_begun()
-                if self.hub.settings.checkpoint_every:
+                if self.hub.settings.checkpoint_every and self.video is None:
                     await self._checkpoint()
-                if self.hub.settings.save_on_exit:
+                if self.hub.settings.save_on_exit and self.video is None:
                     world, _ = await self._save()
             self.end("draining", "the server is being stopped", world)
 
@@ -402,7 +425,13 @@ class LiveSession:
         self.stopping = True
         self.pending[self.session.stop()] = receipt
 
+    def _check_no_video(self) -> None:
+        """Refusal for a session made from live video, which belongs to one connection."""
+        if self.video is not None:
+            raise Refusal("invalid", "a session made from live video cannot be forked, saved, or replaced by a world")
+
     async def _fork(self, control: Fork, receipt: Receipt) -> None:
+        self._check_no_video()
         self.hub.take_place()
         try:
             session = await self.hub.host.make(self.session.fork)
@@ -431,26 +460,29 @@ class LiveSession:
                 self.session.act(self.keys.action)
 
     async def _save_world(self, control: Save, receipt: Receipt) -> None:
+        self._check_no_video()
         world, size = await self._save()
         self._applied(receipt, world=world, bytes=size)
 
     async def _save(self) -> tuple[str, int]:
         worlds = self.hub.worlds
         world, path = worlds.new()
-        await self.hub.host.call(partial(self.session.save, path))
-        worlds.note(world, self.start.prompt, self.start.seed)
+        note = note_of(self.start.prompt, self.start.seed)
+        await self.hub.host.call(partial(self.session.save, path, note))
+        worlds.trim()
         return world, path.stat().st_size
 
     async def _restore(self, control: Restore, receipt: Receipt) -> None:
+        self._check_no_video()
         path = self.hub.worlds.path(control.world)
         start = Start(*self.hub.worlds.about(control.world))
         await self._replace(partial(Session.restore, self.hub.host.engine, path), start, receipt)
 
     async def _seed(self, control: Reseed, receipt: Receipt) -> None:
         if self.start.prompt is None:
-            raise Refusal("invalid", "the prompt of an uploaded world is not known; send prompt first")
-        start = Start(self.start.prompt, control.seed)
-        engine, given = self.hub.host.engine, begins_with(self.hub.host.engine, self.hub.settings)
+            raise Refusal("invalid", "the prompt of this world is not known; send prompt first")
+        start = Start(self.start.prompt, control.seed, self.start.strength)
+        engine, given = self.hub.host.engine, begins_with(self.hub.host.engine, self.hub.settings, start.strength)
         make = partial(engine.open, start.prompt, seed=control.seed, size=self.session.size, **given)
         await self._replace(make, start, receipt)
 
@@ -599,18 +631,25 @@ def entered_at(session: Session) -> Entered:
     return Entered(session, state.next_block, 0 if latent == 0 else (latent - 1) * stride + 1)
 
 
-def begins_with(engine: Engine, settings: ServeSettings) -> dict[str, Any]:
-    """Arguments of `open` besides the prompt: an image and a camera at rest, for models that need them."""
+def begins_with(engine: Engine, settings: ServeSettings, strength: float | None = None) -> dict[str, Any]:
+    """Arguments of `open` besides the prompt: an image and a camera at rest, for models that need them.
+
+    strength: of live video in place of an image; None for none.
+    """
+    if strength is not None:
+        return {"live": True, "strength": strength}
     given: dict[str, Any] = {"image": settings.image} if engine.spec.condition_channels else {}
     return given | ({"camera": CameraStart()} if engine.spec.camera_channels is not None else {})
 
 
-async def open_session(host: EngineHost, control: Open, world: Path | None, settings: ServeSettings) -> Entered:
-    """A session of the engine for an `open`."""
+async def open_session(
+    host: EngineHost, control: Open, world: Path | None, settings: ServeSettings, strength: float | None = None
+) -> Entered:
+    """A session of the engine for an `open`, made from live video where there is a strength."""
     if world is not None:
         make = partial(Session.restore, host.engine, world)
     else:
-        given = begins_with(host.engine, settings)
+        given = begins_with(host.engine, settings, strength)
         make = partial(host.engine.open, control.prompt, seed=control.seed, size=control.size, **given)
     session = await host.make(make)
     return await host.call(partial(entered_at, session))

@@ -23,6 +23,7 @@ from .recording import Recordings
 from .refusals import RETRY_AFTER, Refusal
 from .settings import ServeSettings
 from .trace import Trace
+from .video_in import VideoIn
 from .worlds import Worlds
 
 LOG = logging.getLogger("inferix.serve")
@@ -52,28 +53,34 @@ class LiveSessions:
 
     # Opening and coming back
 
-    async def open(self, control: Open, queued: Callable[[int], object]) -> LiveSession:
+    async def open(
+        self, control: Open, queued: Callable[[int], object], strength: float | None = None
+    ) -> LiveSession:
         """Open a session. queued: called with the number of clients before this one, where it has to wait.
 
+        strength: of a session that is made from live video, from pictures that its `video` gets; None for another one.
         Refusal where there is no room, or the session cannot be opened.
         """
         if control.prompt is not None:
             check_prompt(control.prompt, self.settings)
         if control.size is not None:
             check_size(control.size, self.host.engine, self.settings)
-        world = None if control.world is None else self.worlds.path(control.world)
-        if world is None and control.prompt is None:
+        world, start = None, Start(control.prompt, control.seed, strength)
+        if control.world is not None:
+            world, start = self.worlds.path(control.world), Start(*self.worlds.about(control.world))
+        elif control.prompt is None:
             raise Refusal("invalid", "open has neither prompt nor world; send one of them")
         await self._wait_for_place(queued)
         try:
-            entered = await open_session(self.host, control, world, self.settings)
+            entered = await open_session(self.host, control, world, self.settings, strength)
         except BaseException:
             self.release_place()
             raise
-        start = Start(control.prompt, control.seed)
-        if control.world is not None:
-            start = Start(*self.worlds.about(control.world))
         live = LiveSession(self, entered, start, control.behind or self.settings.behind)
+        if strength is not None:
+            engine = self.host.engine
+            room = engine.preset.num_frame_per_block * engine.spec.vae_stride[0] + engine.spec.first_pictures
+            live.video = VideoIn(live.session.size, engine.fps, room, self.settings.upload_pixels)
         self._add(live)
         return live
 

@@ -53,6 +53,10 @@ class ServerMetrics:
             "inferix_control_to_pixel_seconds", "From a control's arrival to sending the first block that shows it",
             ["verb"], buckets=LATENCIES, registry=self.registry,
         )  # fmt: skip
+        self.video_to_pixel = Histogram(
+            "inferix_video_to_pixel_seconds", "From a picture of live video to sending the one made from it",
+            buckets=LATENCIES, registry=self.registry,
+        )  # fmt: skip
 
     def refused(self, refusal: Refusal) -> None:
         self.refusals.labels(refusal.code, refusal.limit[0] if refusal.limit else "").inc()

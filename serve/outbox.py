@@ -32,11 +32,15 @@ class Receipt:
 
 @dataclass(eq=False)
 class LiveBlock:
-    """A block for a viewer. receipts: the controls that it is the first to show."""
+    """A block for a viewer. receipts: the controls that it is the first to show.
+
+    arrived: when the first picture that it is made from did, in seconds of `time.perf_counter`.
+    """
 
     frames: Frames
     state: State
     receipts: list[Receipt] = field(default_factory=list)
+    arrived: float | None = None
 
     def applied(self, now: float, metrics: ServerMetrics) -> Iterator[Applied]:
         """The receipts as events of now, and as measurements."""
@@ -108,6 +112,10 @@ class Outbox:
     async def room_for_block(self) -> None:
         """Wait until a block can be added without dropping one."""
         await self._until(lambda: self.blocks < self.room)
+
+    async def wait_finished(self) -> None:
+        """Wait until the last event has been added."""
+        await self._until(lambda: False)
 
     async def room_for_events(self) -> None:
         """Wait while too many events are there: their viewer sends, and does not read."""

@@ -243,7 +243,8 @@ class State(Event):
     frame: the block's first picture, counted from the start of the stream. position: seconds of video at its end.
     rate: pictures per second over the last blocks. slack: seconds that the block was early. kept_from: the oldest block
     to rewind to. seconds: of the block's stages. waiting: blocks that wait for this viewer. skipped: blocks that it
-    missed so far.
+    missed so far. latency: of a session made from live video, seconds from the arrival of the block's first picture to
+    sending the one made from it. dropped: pictures of that video that no block was made from so far.
     """
 
     type: Literal["state"] = "state"
@@ -263,6 +264,8 @@ class State(Event):
     skipped: int
     overload: list[str]
     drift: dict[str, float] | None
+    latency: float | None = None
+    dropped: int | None = None
 
 
 class Notice(Event):

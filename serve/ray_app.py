@@ -117,8 +117,8 @@ class Engine:
 
     def check_health(self) -> None:
         """InferixError where the engine or the server has ended; Ray then replaces this replica."""
-        if self.server.host.failure is not None or not self.thread.is_alive():
-            raise InferixError(f"the engine of {self.url} has ended: {self.server.host.failure}")
+        if not self.server.host.alive or not self.thread.is_alive():
+            raise InferixError(f"the engine of {self.url} has ended: {self.server.host.reason}")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """The numbers that `ScaleOnSlack` decides by."""

@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import httpx
 import websockets
-from fastapi import FastAPI, Request, WebSocket
+from fastapi import FastAPI, Query, Request, WebSocket
 from fastapi.responses import Response, StreamingResponse
 from starlette.websockets import WebSocketDisconnect
 from websockets.asyncio.client import ClientConnection
 from websockets.typing import Subprotocol
 
-from ..errors import one_line
+from ..errors import one_line, quoted
 from ..version import __version__
 from .access import Access
 from .answers import add_error_answers, errors
@@ -34,7 +35,7 @@ from .control_reader import MISUSED, Closed, ControlReader
 from .page_files import PAGE_FILES, add_page
 from .protocol import SUBPROTOCOLS, Attach, Codec, Control, Ended, Event, Notice, Open, Refused
 from .refusals import RETRY_AFTER, Refusal
-from .routing import MOVED, ControlMemory, ReplicaFacts, choose
+from .routing import MOVED, ControlMemory, ReplicaFacts, choose, choose_for_job
 from .server import ReadyServer, config_of
 from .settings import ServeSettings
 
@@ -43,8 +44,14 @@ POLL_SECONDS = 1.0  # between two looks at the servers
 ANSWER_SECONDS = 5.0  # for a server's numbers, and for a WebSocket to it
 PING_SECONDS = 5.0  # after which a server that is cut off is noticed
 RETRY_SECONDS = 0.3  # between two tries to go on with a session
-PASSED_ON = ("/v1/models", "/v1/worlds")  # beginnings of the paths that any server answers
-KEPT_HEADERS = ("content-type", "content-disposition", "retry-after")
+PASSED_SECONDS = 60.0  # that a server may take to answer a request that is passed on
+SENT_HEADERS = ("accept", "content-type", "if-modified-since", "if-none-match", "if-range", "range")
+KEPT_HEADERS = (
+    "accept-ranges", "cache-control", "content-disposition", "content-length", "content-range", "content-type", "etag",
+    "inferix-resume", "last-modified", "location", "openai-poll-after-ms", "retry-after",
+)  # fmt: skip
+ID = "[0-9a-f]{32}"
+PAGE = 100  # jobs asked for at a time
 
 Servers = Callable[[], Awaitable[list[str]]]
 
@@ -112,6 +119,64 @@ class Router:
             )  # fmt: skip
         except (OSError, TimeoutError, websockets.WebSocketException) as error:
             raise ServerLost(f"{url}: {one_line(error)}") from error
+
+    async def holder_of(self, path: str) -> str:
+        """The server that has what is at a path, such as a job; Refusal where none does."""
+        urls = list(self.replicas)
+        found = await asyncio.gather(*(self._has(url, path) for url in urls))
+        for url, has in zip(urls, found, strict=True):
+            if has:
+                return url
+        raise Refusal("not_found", f"no server that answers has {quoted(path)}", 404)
+
+    async def _has(self, url: str, path: str) -> bool:
+        try:
+            async with self.client.stream("GET", f"{url}{path}") as answer:
+                return answer.status_code != 404
+        except httpx.HTTPError as error:
+            LOG.info("server %s does not answer: %s", url, one_line(error))
+            return False
+
+    async def jobs(self) -> list[dict[str, Any]]:
+        """The video jobs of all servers that answer, newest first."""
+        lists = await asyncio.gather(*(self._jobs_of(url) for url in list(self.replicas)))
+        jobs = [job for jobs in lists for job in jobs]
+        return sorted(jobs, key=lambda job: (job["created_at"], job["id"]), reverse=True)
+
+    async def _jobs_of(self, url: str) -> list[dict[str, Any]]:
+        jobs: list[dict[str, Any]] = []
+        while True:
+            after = {"after": jobs[-1]["id"]} if jobs else {}
+            try:
+                answer = await self.client.get(f"{url}/v1/videos", params={"limit": PAGE, **after})
+                page = answer.raise_for_status().json()
+            except (httpx.HTTPError, ValueError) as error:
+                LOG.info("server %s does not answer: %s", url, one_line(error))
+                return jobs
+            jobs += page["data"]
+            if not page["has_more"]:
+                return jobs
+
+    async def server_for(self, method: str, path: str, query: Mapping[str, str]) -> str:
+        """The server that a request of a path is passed on to; Refusal where there is none."""
+        if re.fullmatch(r"/v1/(models|worlds(/[^/]+)?)", path):
+            return self.any_url()
+        if (method, path) == ("POST", "/v1/videos"):
+            url = choose_for_job(self.replicas)
+            self.replicas[url] = self.replicas[url].model_copy(update={"jobs": self.replicas[url].jobs + 1})
+            return url
+        if (job := re.match(rf"/v1/videos/{ID}(?=/|$)", path)) is not None:
+            return await self.holder_of(job[0])
+        if re.fullmatch(rf"/v1/recordings/{ID}/[^/]+", path):
+            return await self.holder_of(path)
+        if (peer := re.fullmatch(rf"/v1/(?:whep|whip)(?:/({ID}))?", path)) is not None:
+            session = peer[1] or query.get("session")
+            holder = None if session is None else await self.poll(session)
+            if holder is None and method == "POST":
+                return self.choose(set(), moved=session is not None)
+            if holder is not None:
+                return holder
+        raise Refusal("not_found", f"the router and its servers have no {quoted(path)}", 404)
 
     def any_url(self) -> str:
         """A server that answers; Refusal where none does."""
@@ -378,24 +443,41 @@ def router_app(router: Router) -> FastAPI:
     async def live(socket: WebSocket) -> None:
         await Relay(socket, router).serve()
 
-    @app.api_route("/v1/{path:path}", methods=["GET", "POST"], include_in_schema=False)
+    @app.get("/v1/videos", responses=errors(404))
+    async def list_videos(
+        after: Annotated[str | None, Query(pattern=f"^{ID}$")] = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> dict[str, Any]:
+        """List the video jobs of all servers that answer."""
+        jobs = await router.jobs()
+        if order == "asc":
+            jobs.reverse()
+        places = {job["id"]: place for place, job in enumerate(jobs)}
+        if after is not None and after not in places:
+            raise Refusal("not_found", f"there is no video {quoted(after)}", 404)
+        start = 0 if after is None else places[after] + 1
+        data = jobs[start : start + limit]
+        first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+        return {
+            "object": "list", "data": data, "first_id": first, "last_id": last, "has_more": start + limit < len(jobs)
+        }  # fmt: skip
+
+    @app.api_route("/v1/{path:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
     async def pass_on(request: Request, path: str) -> Response:
-        """Have a server answer what each of them can."""
-        whole = request.url.path
-        if not any(whole == begin or whole.startswith(f"{begin}/") for begin in PASSED_ON):
-            message = f"the router has no {whole[:200]}; ask a server itself for jobs, recordings and WebRTC"
-            raise Refusal("not_found", message, 404)
-        return await passed_on(router, request)
+        """Have the server answer that a request belongs to."""
+        url = await router.server_for(request.method, request.url.path, request.query_params)
+        return await passed_on(router, url, request)
 
     return app
 
 
-async def passed_on(router: Router, request: Request) -> Response:
-    """The answer of any server to a request."""
-    kind = {"content-type": request.headers["content-type"]} if "content-type" in request.headers else {}
+async def passed_on(router: Router, url: str, request: Request) -> Response:
+    """The answer of a server to a request."""
     sent = router.client.build_request(
-        request.method, f"{router.any_url()}{request.url.path}", params=str(request.url.query), headers=kind,
-        content=request.stream() if request.method == "POST" else None,
+        request.method, f"{url}{request.url.path}", params=str(request.url.query),
+        headers={name: request.headers[name] for name in SENT_HEADERS if name in request.headers},
+        content=request.stream() if request.method == "POST" else None, timeout=PASSED_SECONDS,
     )  # fmt: skip
     try:
         answer = await router.client.send(sent, stream=True)
@@ -416,7 +498,7 @@ async def passed_on(router: Router, request: Request) -> Response:
 def make_router_app(router: Router) -> Access:
     """The ASGI application of a router: its routes behind the check of `Access`."""
     settings = router.settings
-    return Access(router_app(router), settings.token, tuple(PAGE_FILES), settings.upload_bytes)
+    return Access(router_app(router), settings.token, tuple(PAGE_FILES), settings.upload_bytes, settings.stall_seconds)
 
 
 def run_router(

@@ -25,7 +25,7 @@ class ReplicaFacts(BaseModel):
     replica: a name that it has until it ends. sessions and places: taken and in all. room: further sessions that fit by
     pages and memory, None where that is not limited. load: share of real time that its sessions take by measured block
     times. slack: seconds that the latest block was early, of the session that is worst off. holds: it has the session
-    that was asked for.
+    that was asked for. jobs: video jobs that wait or run.
     """
 
     replica: str
@@ -37,6 +37,7 @@ class ReplicaFacts(BaseModel):
     pages_in_use: int = 0
     slack: float | None = None
     holds: bool = False
+    jobs: int = 0
 
     @property
     def load_with_another(self) -> float:
@@ -75,6 +76,14 @@ def choose(replicas: Mapping[str, ReplicaFacts], moved: bool = False) -> str:
         "at_capacity", f"none of {len(replicas)} servers has room: {reasons or 'none answers'}", 503,
         ("replicas", len(replicas)), RETRY_AFTER, close=1013,
     )  # fmt: skip
+
+
+def choose_for_job(replicas: Mapping[str, ReplicaFacts]) -> str:
+    """The server with the fewest unfinished jobs, then the lowest load; Refusal where none takes any."""
+    taking = [name for name, facts in replicas.items() if facts.status == "ok"]
+    if not taking:
+        raise Refusal("at_capacity", "no server answers", 503, None, RETRY_AFTER)
+    return min(taking, key=lambda name: (replicas[name].jobs, replicas[name].load, name))
 
 
 @dataclass(frozen=True)

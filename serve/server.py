@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -17,6 +18,7 @@ from .app import Server, make_app
 from .settings import ServeSettings
 
 LOG = logging.getLogger("inferix.serve")
+LOOK_SECONDS = 0.5  # between two looks at the engine
 PING_SECONDS = 20.0  # between two pings of a WebSocket; a client that answers none is disconnected after as long
 
 
@@ -36,12 +38,30 @@ class ReadyServer(uvicorn.Server):
 
 
 class DrainingServer(ReadyServer):
-    """Drains live sessions at the first SIGTERM or Ctrl-C, then ends; a second one ends it at once."""
+    """Drains live sessions at the first SIGTERM or Ctrl-C, then ends; a second one ends it at once.
 
-    def __init__(self, config: uvicorn.Config, server: Server, ready: Callable[[], object]) -> None:
+    with_engine: ends once the engine has ended, too; `lost` is then True.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, server: Server, ready: Callable[[], object], with_engine: bool = False
+    ) -> None:
         super().__init__(config, ready)
-        self.server = server
+        self.server, self.with_engine, self.lost = server, with_engine, False
         self._draining: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.with_engine:
+            self._watch = asyncio.ensure_future(self._watch_engine())
+
+    async def _watch_engine(self) -> None:
+        while self.server.host.alive:
+            await asyncio.sleep(LOOK_SECONDS)
+        if not self.should_exit:
+            LOG.error("the engine has ended: %s", self.server.host.reason)
+            self.lost = self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._draining is not None or self.loop is None:
@@ -95,12 +115,40 @@ def make_config(server: Server, log_level: str = "warning") -> uvicorn.Config:
 def config_of(app: Access, settings: ServeSettings, log_level: str = "warning") -> uvicorn.Config:
     """The settings of uvicorn for an application."""
     return uvicorn.Config(
-        app, ws_max_size=settings.message_bytes, ws_max_queue=16, ws_ping_interval=PING_SECONDS,
+        app, http=impatient(settings.start_seconds),
+        ws_max_size=settings.message_bytes, ws_max_queue=16, ws_ping_interval=PING_SECONDS,
         ws_ping_timeout=PING_SECONDS, ws_per_message_deflate=False, log_level=log_level, log_config=None,
         timeout_graceful_shutdown=max(1, int(settings.drain_seconds)), server_header=False,
     )  # fmt: skip
 
 
-def serve(server: Server, listener: socket.socket, ready: Callable[[], object], log_level: str = "warning") -> None:
-    """Serve until SIGTERM or Ctrl-C. ready: called once requests are answered."""
-    DrainingServer(make_config(server, log_level), server, ready).run(sockets=[listener])
+def impatient(seconds: float) -> Any:
+    """Factory of uvicorn's HTTP protocol, which closes a connection without a whole request after some seconds."""
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    def make(*arguments: Any, **settings: Any) -> Any:
+        protocol: Any = AutoHTTPProtocol(*arguments, **settings)
+
+        def look() -> None:
+            transport = protocol.transport
+            if transport is not None and protocol.cycle is None and transport.get_protocol() is protocol:
+                LOG.info("a connection sent no request within %g s", seconds)
+                transport.close()
+
+        protocol.loop.call_later(seconds, look)
+        return protocol
+
+    return make
+
+
+def serve(
+    server: Server, listener: socket.socket, ready: Callable[[], object], log_level: str = "warning",
+    with_engine: bool = False,
+) -> bool:  # fmt: skip
+    """Serve until SIGTERM or Ctrl-C, or `with_engine` until the engine has ended; returns True for such an end.
+
+    ready: called once requests are answered.
+    """
+    runner = DrainingServer(make_config(server, log_level), server, ready, with_engine)
+    runner.run(sockets=[listener])
+    return runner.lost

@@ -90,9 +90,9 @@ MEANINGS = {
     "recording_seconds": "seconds of video that a recording takes",
     "push_to": "beginning of the RTMP addresses that sessions may be pushed to; none: no push",
     "behind_blocks": "blocks that wait for a viewer",
-    "start_seconds": "a client has to open or attach a session within",
+    "start_seconds": "a client has to send a request's headers, and to open or attach a session, within",
     "idle_seconds": "a session without any control ends after",
-    "stall_seconds": "a viewer that takes no data is disconnected after",
+    "stall_seconds": "a viewer that takes no data is disconnected after, a request without more data refused",
     "resume_seconds": "a session waits for its client to come back, and then frees its memory, after",
     "drain_seconds": "at SIGTERM streams and the running job end within",
 }

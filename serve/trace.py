@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
+from ..runtime.telemetry.ranges import Ranges, ranged
+
 TRACKS = ("engine", "decoder", "encoder", "transport")
 DECODER = ("decode", "drift")  # stages of a block that the decoder's thread runs
 WAITING = ("queue", "emit")  # stages in which nothing of a block is computed
@@ -17,11 +19,11 @@ MOST_EVENTS = 200_000
 class Trace:
     """Collects spans while `recording`; otherwise costs a look at that. Free to all threads.
 
-    Spans are those of `time.perf_counter`, as the engine's are.
+    Spans are those of `time.perf_counter`, as the engine's are. ranges: also marks encoding and sending there.
     """
 
-    def __init__(self) -> None:
-        self.recording = False
+    def __init__(self, ranges: Ranges | None = None) -> None:
+        self.recording, self.ranges = False, ranges
         self.events: list[dict[str, Any]] = []
         self._lock = threading.Lock()
 
@@ -63,7 +65,8 @@ class Trace:
         """Add what happens inside."""
         begin = perf_counter()
         try:
-            yield
+            with ranged(self.ranges, f"{name} of {session[:8]}"):
+                yield
         finally:
             if self.recording:
                 self.add(track, name, session, begin, perf_counter(), **facts)

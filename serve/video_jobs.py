@@ -31,7 +31,10 @@ INPUT = "input"  # suffix of the picture that a job starts from
 
 
 class VideoJobs:
-    """The jobs of a server. They belong to the event loop; each running one writes its file in a thread."""
+    """The jobs of a server. They belong to the event loop; each running one writes its file in a thread.
+
+    unfinished: jobs that wait or run.
+    """
 
     def __init__(self, host: EngineHost, settings: ServeSettings, folder: Path) -> None:
         self.host, self.settings, self.folder = host, settings, folder
@@ -39,6 +42,7 @@ class VideoJobs:
         self._sessions: dict[str, Session] = {}
         self._changed = asyncio.Event()
         self._stopping = False
+        self.unfinished = 0
         self._store: JobStore | None = None
 
     # Running
@@ -52,6 +56,7 @@ class VideoJobs:
         """Go on with the jobs that were there when the server was stopped."""
         self._store = JobStore(self.folder)
         self.store.requeue()
+        self._note_change()
         self._dispatcher = asyncio.create_task(self._dispatch())
 
     async def stop(self) -> None:
@@ -97,6 +102,7 @@ class VideoJobs:
             self._running.pop(job.id, None)
             self._changed.set()
         self.store.update(job)
+        self._note_change()
         for old in self.store.finished_beyond(self.settings.jobs_kept):
             self.store.remove(old)
         LOG.info("job %s %s", job.id, job.status)
@@ -209,8 +215,13 @@ class VideoJobs:
 
     def _add(self, job: Job) -> Job:
         self.store.add(job)
-        self._changed.set()
+        self._note_change()
         return job
+
+    def _note_change(self) -> None:
+        """Have waiting jobs looked for, and count those that are not finished."""
+        self.unfinished = self.store.count(QUEUED, IN_PROGRESS)
+        self._changed.set()
 
     def find(self, id: str) -> Job:
         """A job; Refusal where there is none."""
@@ -237,6 +248,7 @@ class VideoJobs:
             self.store.remove(id)  # so that its end is not noted
             await asyncio.wait({task})
         self.store.remove(id)
+        self._note_change()
 
     def content(self, id: str, variant: str) -> tuple[Path, str]:
         """File and media type of a finished job; Refusal for another one."""

@@ -1,6 +1,9 @@
 """Settings of all tests."""
 
 import gc
+import os
+
+os.environ["INFERIX_ENGINE_CACHE"] = "off"  # no test runs an engine that the user has made
 
 gc.disable()  # until all tests are imported: imports leave little to collect, and about a million objects to walk
 

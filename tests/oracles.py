@@ -128,7 +128,7 @@ def make_engine(
     **overrides: object,
 ) -> Engine:
     """A preset on the small test model, on the CPU; fields of `EngineConfig` may be among the overrides."""
-    lowp = ("lowp", "lowp_layers", "lowp_keep", "camera_layers")
+    lowp = ("lowp", "lowp_layers", "lowp_keep", "camera_layers", "kernels")
     ours = ("kv_memory", "kv_dtype", "kv_offload", "executor", "fast_vae", "graphs", "batches", "drift_meter", *lowp)
     settings = {key: overrides.pop(key) for key in ours if key in overrides}
     config = EngineConfig.of("test", preset, device="cpu", dtype=dtype, **settings)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir
 import pytest
 import torch
 from oracles import SIZE, TINY, make_engine, randomise, remade
@@ -17,6 +18,7 @@ from inferix.export.engine_folder import write_engine
 from inferix.export.programs import Program
 from inferix.export.run import ExportedEngine
 from inferix.export.targets import TARGETS
+from inferix.export.to_onnx import OnnxWriter
 from inferix.export.to_openvino import OpenVinoWriter, convert
 from inferix.models.wan.taehv import TinyDecoder, TinySpec
 from inferix.runtime.engine import Engine
@@ -27,14 +29,15 @@ ROWS = torch.randn(2, SPEC.text_len, SPEC.text_dim, generator=torch.Generator().
 
 
 @cache
-def small_engine() -> Engine:
+def small_engine(**settings: Any) -> Engine:
     decoder = TinyDecoder(TinySpec(z_dim=SPEC.out_channels, widths=(8, 8, 8, 8), time=(1, 2, 2), patch=1))
     randomise(decoder, scale=0.1).requires_grad_(False)  # larger weights enlarge the error of the latents
-    return remade(make_engine("tinyworld", dtype="float32", spec=SPEC), vae=decoder)
+    return remade(make_engine("tinyworld", dtype="float32", spec=SPEC, **settings), vae=decoder)
 
 
-def export_small(target: str, out: Path) -> Path:
-    return write_engine(small_engine(), out, SIZE, TARGETS[target], dict(zip(PROMPTS, ROWS, strict=True)))
+def export_small(target: str, out: Path, dtype: str = "float32") -> Path:
+    rows = dict(zip(PROMPTS, ROWS, strict=True))
+    return write_engine(small_engine(), out, SIZE, TARGETS[target], rows, dtype=dtype)
 
 
 def convert_small(onnx: Path, out: Path) -> Path:
@@ -48,13 +51,25 @@ def convert_small(onnx: Path, out: Path) -> Path:
         return export_small("openvino", out)
 
 
+def halve_small(onnx: Path, out: Path) -> Path:
+    """The small engine with weights in float16, made from its ONNX folder."""
+
+    def write(self: OnnxWriter, program: Program) -> None:
+        self.save(onnx_ir.load(onnx / f"{program.name}.onnx"), program.name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnnxWriter, "write", write)
+        return export_small("onnx", out, "float16")
+
+
 def compare(
-    exported: ExportedEngine, session: Any, switch: Callable[[int], None], blocks: int, script: list[str], seed: int
+    exported: Any, session: Any, switch: Callable[[int], None], blocks: int, script: list[str], seed: int
 ) -> tuple[float, int, float]:
     """Stream an engine and its session under the same controls; returns errors of latents and pixels, and their share.
 
     The error of latents is relative to the largest latent, since an error of one block passes on to the next.
-    switch: changes the session's prompt to that of a number.
+    exported: an `ExportedEngine`, or what opens a stream as it does. switch: changes the session's prompt to that of a
+    number.
     """
     stream = exported.open(PROMPTS[0], seed, script)
     latents, pixels, share, largest = [0.0], [0], [], 0.0

@@ -32,7 +32,7 @@ UNTRACKED = ("--others", "--exclude-standard")
 FOR_EVERYONE = {"errors", "plugins", "user_files", "user_python", "user_yaml", "version"}
 BASE = ("arguments", "byte_sizes", "engine_condition", "executor_specs", "files", "finite_check",
         "frame_channels",
-        "limits", "media", "media_input",
+        "limits", "live_video", "media", "media_input",
         "noise", "plans", "sampler", "sinks", "streams", "worker_client", "y4m")  # fmt: skip
 ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", "worker", "parallel", "resources",
               "sessions", "inputs", "block_loop", "engine", "load")  # fmt: skip

@@ -1,22 +1,27 @@
-"""Train the shipped weights from scratch: the autoencoder, a bank of encoded walks, the transformer.
+"""Train the shipped weights: the autoencoder, a bank of encoded walks, the transformer.
 
     python tools/train_tinyworld.py --out runs/tinyworld
+    python tools/train_tinyworld.py --out runs/tuned --weights models/tinyworld/weights
 
-Every stage saves checkpoints and resumes from them. The autoencoder learns to encode land that is seen again as the
-same latents, moved. The transformer learns to denoise each frame beside the clean frames before it (teacher forcing).
-These are blurred by noise, and later by its own predictions, so that its errors do not accumulate.
+The first command trains from scratch; the second only trains on the last stage of the transformer, from weights. Every
+stage saves checkpoints and resumes from them, and writes its losses and the hash of its weights. The autoencoder learns
+to encode land that is seen again as the same latents, moved. The transformer learns to denoise each frame beside the
+clean frames before it (teacher forcing). These are blurred by noise, then by its own predictions, and at last come from
+long streams that it made itself (`tinyworld_streams`), so that its errors do not accumulate.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, cast
+from typing import Annotated, Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,13 +29,14 @@ import torch.nn.functional as F
 import typer
 from PIL import Image
 from safetensors.torch import load_file
+from tinyworld_streams import Streams, continued
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from inferix.errors import one_line_errors
+from inferix.errors import UsageError, one_line_errors, quoted
 from inferix.kernels.rope import axis_angles, rope_angles, rotate
-from inferix.models.files import write_json, write_tensors
+from inferix.models.files import read_json, write_json, write_tensors
 from inferix.models.tinyworld.data import HELD_OUT, Clips, random_clip
 from inferix.models.tinyworld.spec import SPEC, VAE
 from inferix.models.tinyworld.words import FILE as WORDS_FILE
@@ -38,7 +44,7 @@ from inferix.models.tinyworld.words import WordEncoder, known_words, word_number
 from inferix.models.tinyworld.world import ACTIONS, FRAMES, Scene
 from inferix.models.wan.checkpoint import SHARD
 from inferix.models.wan.configs import diffusers_config, diffusers_vae_config
-from inferix.models.wan.names import to_format
+from inferix.models.wan.names import from_format, to_format
 from inferix.models.wan.transformer import Block, SelfAttention, WanTransformer
 from inferix.models.wan.vae import (
     CausalConv3d,
@@ -49,6 +55,7 @@ from inferix.models.wan.vae import (
     from_patches,
     to_patches,
 )
+from inferix.runtime.capacity.cpu_features import bfloat16_unit, cpu_flags
 
 Model = TypeVar("Model", bound=nn.Module)
 Examples = Iterator[tuple[Tensor, Tensor, Tensor]]
@@ -89,6 +96,14 @@ class Recipe:
     own_share: float = 0.4
     rate: float = 1.5e-3
     own_rate: float = 1.1e-3
+    hold_steps: int = 1200  # steps of the third stage, with streams of its own as the past
+    hold_rate: float = 3e-4
+    hold_streams: int = 12
+    hold_batch: int = 2  # streams in a batch
+    hold_walks: float = 0.3  # of the streams, that walk on; the others rest or walk in loops
+    hold_loops: float = 0.15
+    hold_clips: int = 1  # walks of the bank in a batch, beside the streams
+    hold_firsts: int = 2
     blur: float = 0.3  # largest noise level in the past, which the network takes for clean
     save_every: float = 400.0  # seconds
     sheet_clips: int = 6  # on the sheets of pictures that are drawn whenever training is saved
@@ -97,8 +112,11 @@ class Recipe:
 SHORT = Recipe(
     stills_steps=4, stills_batch=2, vae_steps=8, vae_batch=1, vae_length=1, decoder_steps=4, decoder_batch=1,
     decoder_length=1, bank_clips=4, bank_length=6, bank_firsts=4, window=3, crop=5, batch=2, firsts=2, steps=8,
-    own_steps=4, sheet_clips=1,
+    own_steps=4, hold_steps=2, hold_streams=2, hold_batch=2, sheet_clips=1,
 )  # fmt: skip
+
+
+TUNE = replace(Recipe(), bank_clips=80, bank_firsts=200)  # from weights: one walk of the bank in a batch
 
 
 def train_vae(folder: Path, recipe: Recipe) -> CausalVae:
@@ -297,7 +315,10 @@ class Bank:
 
 
 def load_bank(folder: Path, vae: CausalVae, recipe: Recipe) -> Bank:
-    """Encode random walks once, or read them from `folder`; the transformer trains on latents only."""
+    """Encode random walks once, or read them from `folder`; the transformer trains on latents only.
+
+    They are normalised as the autoencoder's spec says, or by their own statistics for a new one.
+    """
     walks, firsts = folder / "bank.safetensors", folder / "firsts.safetensors"
     if not walks.exists():
         shares = recipe.change_share, recipe.errand_share, recipe.along_share
@@ -307,6 +328,8 @@ def load_bank(folder: Path, vae: CausalVae, recipe: Recipe) -> Bank:
     walk_tensors, first_tensors = load_file(walks), load_file(firsts)
     raw = walk_tensors["latents"].float()
     mean, std = raw.mean((0, 1, 3, 4)), raw.std((0, 1, 3, 4))
+    if vae.spec != VAE:
+        mean, std = torch.tensor(vae.spec.mean), torch.tensor(vae.spec.std)
     latents, first_latents = (
         (part - mean[:, None, None]) / std[:, None, None] for part in (raw, first_tensors["latents"].float())
     )
@@ -324,10 +347,7 @@ def encode_walks(
     latents, actions, words, change = [], [], [], []
     for index in range(count):
         clip = random_clip(random.Random(seed * 1_000_000 + index), length, 0, *shares)
-        pixels = torch.from_numpy(clip.pictures).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            moments = encode_clips(vae, pixels)
-        latents.append(moments.chunk(2, dim=1)[0][0].transpose(0, 1).half())
+        latents.append(encode_pictures(vae, torch.from_numpy(clip.pictures)).half())
         actions.append(torch.tensor([ACTIONS.index(action) for action in ("stay", *clip.actions)]))
         words.append(torch.tensor([scene_words(clip.before), scene_words(clip.after)]))
         change.append(clip.change + 1)
@@ -337,6 +357,20 @@ def encode_walks(
         {"latents": torch.stack(latents), "actions": torch.stack(actions), "words": torch.stack(words),
          "change": torch.tensor(change)}, file,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def encode_pictures(vae: CausalVae, pictures: Tensor) -> Tensor:
+    """Encode pictures, uint8 [T, H, W, 3], to latents [F, z, h, w], not normalised."""
+    pixels = pictures.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    with fast():
+        moments = encode_clips(vae, pixels)
+    return moments.chunk(2, dim=1)[0][0].transpose(0, 1)
+
+
+def fast() -> torch.autocast:
+    """Compute in bfloat16 where the CPU has instructions for it."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16_unit(cpu_flags()) is not None)
 
 
 def scene_words(scene: Scene) -> list[int]:
@@ -435,6 +469,8 @@ class ClipAttention:
         return tensor.unflatten(1, (-1, self.frames, self.tokens))
 
 
+HOLD_PAST = 2  # frames before a frame, besides the first of its stream, from which on it counts
+
 # Initial attention offsets of a layer's four heads: frames, rows and columns from each token.
 NEAR = (((-1, -1, 0), (-1, 1, 0), (-1, 0, -1), (-1, 0, 1)), ((-1, 0, 0), (-2, 0, 0), (0, 0, 0), (0, 0, 0)))
 
@@ -497,10 +533,51 @@ class TinyWorld(nn.Module):
 
 
 def train_transformer(folder: Path, bank: Bank, vae: CausalVae, recipe: Recipe) -> TinyWorld:
-    """Train first with true pasts, blurred by noise, then with pasts that the network predicted."""
+    """Train with true pasts, blurred by noise, then with pasts that the network predicted, then in its own streams."""
     world = TinyWorld(recipe.window)
     world = train_stage(folder, "world", world, bank, vae, recipe, recipe.steps, recipe.rate)
-    return train_stage(folder, "own", world, bank, vae, recipe, recipe.own_steps, recipe.own_rate)
+    world = train_stage(folder, "own", world, bank, vae, recipe, recipe.own_steps, recipe.own_rate)
+    return train_hold(folder, world, bank, vae, recipe)
+
+
+def train_hold(folder: Path, world: TinyWorld, bank: Bank, vae: CausalVae, recipe: Recipe) -> TinyWorld:
+    """Train to hold land in streams that the network makes itself, beside walks of the bank as before."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (bank.mean, bank.std))
+    streams = Streams(
+        lambda pictures: (encode_pictures(vae, pictures) - mean) / std,
+        recipe.hold_streams, recipe.crop, recipe.window, recipe.hold_walks, recipe.hold_loops,
+    )  # fmt: skip
+    # Muon computes in bfloat16, which takes most of a step on a CPU without such instructions.
+    optimiser = torch.optim.AdamW(world.parameters(), recipe.hold_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    run = Run(folder / "hold", world, [optimiser], recipe.hold_steps, recipe.save_every, streams, warm_up=20)
+    beside = replace(recipe, batch=recipe.hold_clips, firsts=recipe.hold_firsts)
+
+    def loss() -> tuple[Tensor, dict[str, float]]:
+        held, error = hold_loss(world, streams, recipe)
+        total, figures = world_loss(
+            world, random_batch(bank, beside), random_firsts(bank, beside.firsts), beside,
+            own=random.random() < recipe.own_share,
+        )  # fmt: skip
+        return held + total, figures | {"beside": float(total.detach()), "hold": float(held.detach()), "error": error}
+
+    if run.step < run.steps:
+        run.go(loss, lambda: world_sheet(run.average, vae, bank, recipe, folder / "hold.png"))
+    return run.average
+
+
+def hold_loss(world: TinyWorld, streams: Streams, recipe: Recipe) -> tuple[Tensor, float]:
+    """Velocity loss where the simulator determines a frame, beside a past that the network made.
+
+    Also returns the mean squared error of that past itself.
+    """
+    past, true, actions, words, known = streams.advance(world, recipe.hold_batch)
+    counts = torch.ones(true.shape[:2], dtype=torch.bool)
+    counts[:, : HOLD_PAST + 1] = False
+    batch = Batch(true, actions, vague(words), counts)
+    error, _ = velocity_error(world, batch, past, recipe.levels, recipe.copies, blur=0.0)
+    mask = (known & per_frame(counts)[:, :, 0]).repeat(1, recipe.copies, 1, 1)
+    wrong = (past - true).square().mean(2)[:, -1][known[:, -1]]
+    return error[mask].mean(), float(wrong.mean())
 
 
 def train_stage(
@@ -523,24 +600,31 @@ def world_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Velocity loss of noisy frames beside a blurred past, and figures to print."""
     past = own_past(world, batch, recipe.levels[1:]) if own else batch.latents
-    error, sigmas = velocity_error(world, batch, past, recipe, recipe.copies)
-    first, first_sigmas = velocity_error(world, firsts, firsts.latents, recipe, 1)
+    errors, sigmas = velocity_error(world, batch, past, recipe.levels, recipe.copies, recipe.blur)
+    first_errors, first_sigmas = velocity_error(world, firsts, firsts.latents, recipe.levels, 1, recipe.blur)
+    error, first = errors.mean((2, 3)), first_errors.mean((2, 3))
     counts = batch.counts.repeat(1, recipe.copies)
     counted = torch.cat((error[counts], first.flatten()))
     far, first_far = (sigmas == 1) & counts, first_sigmas == 1
     far[:, :: recipe.crop] = False
-    errors = {"next": error[far], "first": first[first_far]}
-    return counted.mean(), {name: float(part.detach().mean()) for name, part in errors.items() if len(part)}
+    figures = {"next": error[far], "first": first[first_far]}
+    return counted.mean(), {name: float(part.detach().mean()) for name, part in figures.items() if len(part)}
 
 
-def velocity_error(world: TinyWorld, batch: Batch, past: Tensor, recipe: Recipe, copies: int) -> tuple[Tensor, Tensor]:
-    """Mean squared velocity error per frame [B, copies*F], and the random noise levels of the frames."""
-    blur = torch.rand(batch.counts.shape) * recipe.blur * (torch.rand(batch.counts.shape) < 0.5)
+def velocity_error(
+    world: TinyWorld, batch: Batch, past: Tensor, levels: tuple[float, ...], copies: int, blur: float
+) -> tuple[Tensor, Tensor]:
+    """Squared velocity error by place [B, copies*F, h, w], and the random noise levels of the frames.
+
+    blur: largest noise level in the past, in half of its frames.
+    """
+    blurred = torch.rand(batch.counts.shape) * blur * (torch.rand(batch.counts.shape) < 0.5)
     true = batch.latents.repeat(1, copies, 1, 1, 1)
-    sigmas = torch.tensor(recipe.levels)[torch.randint(len(recipe.levels), true.shape[:2])]
+    sigmas = torch.tensor(levels)[torch.randint(len(levels), true.shape[:2])]
     noise = torch.randn_like(true)
-    velocity = world(mixed(past, blur), torch.lerp(true, noise, per_frame(sigmas)), sigmas, batch.actions, batch.words)
-    return (velocity - (noise - true)).square().mean((2, 3, 4)), sigmas
+    noisy = torch.lerp(true, noise, per_frame(sigmas))
+    velocity = world(mixed(past, blurred), noisy, sigmas, batch.actions, batch.words)
+    return (velocity - (noise - true)).square().mean(2), sigmas
 
 
 @torch.no_grad()
@@ -573,18 +657,7 @@ def world_sheet(world: TinyWorld, vae: CausalVae, bank: Bank, recipe: Recipe, pa
     frames, clips = recipe.crop, slice(0, min(4, recipe.sheet_clips))
     words, actions = bank.words[clips, 0], F.one_hot(bank.actions[clips, :frames], len(ACTIONS)).float()
     true = bank.latents[clips, :frames]
-    drawn = true.clone()
-    drawn[:, 1:] = 0
-    for frame in range(1, frames):
-        x = torch.randn_like(true[:, frame])
-        for level, following in zip(recipe.levels, (*recipe.levels[1:], 0.0), strict=True):
-            noisy = drawn.clone()
-            noisy[:, frame] = x
-            sigmas = torch.full(actions.shape[:2], level)
-            velocity = world(drawn[:, : frame + 1], noisy[:, : frame + 1], sigmas[:, : frame + 1],
-                             actions[:, : frame + 1], words)[:, frame]  # fmt: skip
-            x = x - (level - following) * velocity
-        drawn[:, frame] = x
+    drawn = torch.cat((true[:, :1], continued(world, true[:, :1], actions[:, :1], actions[:, 1:], words)), dim=1)
     mean, std = (torch.tensor(values)[:, None, None] for values in (bank.mean, bank.std))
     decoded = [decode_clips(vae, (part * std + mean).transpose(1, 2)).clamp(-1, 1) for part in (true, drawn)]
     rows = torch.stack(decoded, dim=1)[:, :, :, ::FRAMES]
@@ -607,6 +680,20 @@ def export(folder: Path, vae: CausalVae, world: TinyWorld, bank: Bank) -> None:
     ):
         write_tensors({name: tensor.half().contiguous() for name, tensor in state.items()}, file, {"format": "pt"})
     print(f"wrote {folder}, {sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1e6:.1f} MB")
+
+
+def read_weights(folder: Path, recipe: Recipe) -> tuple[CausalVae, TinyWorld]:
+    """Read the files that `export` writes."""
+    config = read_json(folder / "vae" / "config.json")
+    if config is None:
+        raise UsageError(f"--weights is {quoted(str(folder))}, which has no vae/config.json; expected such a folder")
+    vae = CausalVae(replace(VAE, mean=tuple(config["latents_mean"]), std=tuple(config["latents_std"])))
+    world = TinyWorld(recipe.window)
+    vae.load_state_dict(load_file(folder / "vae" / SHARD))
+    raw = load_file(folder / "transformer" / SHARD)
+    world.transformer.load_state_dict({ours: raw[name] for name, ours in from_format("diffusers", (), raw).items()})
+    world.words.load_state_dict(load_file(folder / WORDS_FILE))
+    return vae, world
 
 
 def save_sheet(rows: Tensor, path: Path) -> None:
@@ -651,17 +738,35 @@ def moving_average(average: Tensor, weight: Tensor, count: Tensor | int) -> Tens
     return average.lerp(weight, 1 - min(0.997, (1 + int(count)) / (10 + int(count))))
 
 
+class Stateful(Protocol):
+    """A part of a run beside its model that is saved with it."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, saved: dict[str, Any]) -> None: ...
+
+
+REPORT = 20  # steps from one report of the losses to the next
+
+
 class Run(Generic[Model]):
-    """Resumable training loop: model, its moving average, optimisers and step in one file."""
+    """Resumable training loop: model, its moving average, optimisers, step and losses in one file.
+
+    Each step has random numbers of its own, so a run that was stopped goes on as if it had not been. data: saved too.
+    warm_up: most steps in which the learning rates rise.
+    """
 
     def __init__(
-        self, folder: Path, model: Model, optimisers: list[torch.optim.Optimizer], steps: int, save_every: float
-    ) -> None:
+        self, folder: Path, model: Model, optimisers: list[torch.optim.Optimizer], steps: int, save_every: float,
+        data: Stateful | None = None, warm_up: int = 60,
+    ) -> None:  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         self.file, self.model, self.optimisers = folder / "run.pt", model, optimisers
         self.steps, self.save_every = steps, save_every
         self.averaged = AveragedModel(model, avg_fn=moving_average)
-        self.step = 0
+        self.data, self.warm_up, self.step = data, warm_up, 0
+        self.losses: list[dict[str, float]] = []
+        self.sums: dict[str, list[float]] = {}  # figures since the last report
         self.rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
         if self.file.exists():
             saved = torch.load(self.file, weights_only=True)
@@ -669,7 +774,9 @@ class Run(Generic[Model]):
             self.averaged.load_state_dict(saved["average"])
             for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
                 optimiser.load_state_dict(state)
-            self.step = saved["step"]
+            self.step, self.losses, self.sums = saved["step"], saved["losses"], saved["sums"]
+            if data is not None:
+                data.load_state(saved["data"])
 
     @property
     def average(self) -> Model:
@@ -677,12 +784,13 @@ class Run(Generic[Model]):
 
     def go(self, loss: Callable[[], tuple[Tensor, dict[str, float]]], sheet: Callable[[], str]) -> None:
         """Train to the last step. loss: returns the loss of a batch and figures to print. sheet: saves samples."""
-        smoothed: dict[str, float] = {}
         saved = printed = time.monotonic()
-        began = self.step
         while self.step < self.steps:
             self.set_rates()
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            seed = zlib.crc32(f"{self.file.parent.name} {self.step}".encode())
+            torch.manual_seed(seed)
+            random.seed(seed)
+            with fast():
                 total, figures = loss()
             total.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -692,22 +800,27 @@ class Run(Generic[Model]):
             self.averaged.update_parameters(self.model)
             self.step += 1
             for name, value in (figures | {"loss": float(total.detach())}).items():
-                smoothed[name] = value if name not in smoothed else 0.95 * smoothed[name] + 0.05 * value
+                self.sums.setdefault(name, []).append(value)
             now = time.monotonic()
-            if self.step % 20 == 0 or self.step == self.steps:
-                pace = (now - printed) / min(20, self.step - began)
+            if self.step % REPORT == 0 or self.step == self.steps:
+                self.report((now - printed) / len(self.sums["loss"]))
                 printed = now
-                values = "  ".join(f"{name} {value:.4f}" for name, value in smoothed.items())
-                print(f"{self.file.parent.name} {self.step}/{self.steps}  {pace:.2f} s/step  {values}", flush=True)
             if now - saved > self.save_every or self.step == self.steps:
                 self.save()
                 print(f"saved; {sheet()}", flush=True)
-                saved = printed = time.monotonic()
-                began = self.step
+                saved = time.monotonic()
+
+    def report(self, pace: float) -> None:
+        """Print and store the means of the figures since the last report. pace: seconds a step."""
+        means = {name: sum(values) / len(values) for name, values in self.sums.items()}
+        text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+        print(f"{self.file.parent.name} {self.step}/{self.steps}  {pace:.2f} s/step  {text}", flush=True)
+        self.losses.append({"step": self.step, **{name: round(value, 5) for name, value in means.items()}})
+        self.sums = {}
 
     def set_rates(self) -> None:
         """Set the learning rates: linear warm-up, then cosine decay."""
-        up = min(1.0, (self.step + 1) / min(60, 1 + self.steps // 10))
+        up = min(1.0, (self.step + 1) / min(self.warm_up, 1 + self.steps // 10))
         factor = up * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
         for optimiser, rates in zip(self.optimisers, self.rates, strict=True):
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
@@ -721,18 +834,41 @@ class Run(Generic[Model]):
                 "average": self.averaged.state_dict(),
                 "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
                 "step": self.step,
+                "losses": self.losses,
+                "sums": self.sums,
+                "data": None if self.data is None else self.data.state(),
             },
             part,
         )
         part.replace(self.file)
+        write_json(
+            self.file.with_name("losses.json"),
+            {"steps": self.step, "of": self.steps, "sha256": weights_hash(self.average), "losses": self.losses},
+        )
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Hash of all weights of a model, in the order of its state."""
+    digest = hashlib.sha256()
+    for weight in model.state_dict().values():
+        digest.update(weight.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the run; a stopped run is resumed.")],
     short: Annotated[bool, typer.Option(help="A few steps of each stage, to test all of it.")] = False,
+    weights: Annotated[Path | None, typer.Option(help="Weights to begin with: only stage hold is trained.")] = None,
 ) -> None:
-    """Train the small world from scratch and write the shipped files."""
+    """Train the small world, from scratch or from weights, and write the shipped files."""
     torch.manual_seed(0)
+    out.mkdir(parents=True, exist_ok=True)
+    if weights is not None:
+        recipe = SHORT if short else TUNE
+        vae, world = read_weights(weights, recipe)
+        bank = load_bank(out, vae, recipe)
+        export(out / "weights", vae, train_hold(out, world, bank, vae, recipe), bank)
+        return
     recipe = SHORT if short else Recipe()
     vae = train_vae(out, recipe)
     bank = load_bank(out, vae, recipe)

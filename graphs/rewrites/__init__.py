@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from ...errors import UsageError, nearest, quoted
+from ...kernels.dense_attention.run import Run
 from ..compose import chained
 from ..types import BlockGraph, Change
 from .adaln import adaln
@@ -13,6 +14,7 @@ from .base import Rewrite, launches, on_each_graph
 from .cross_attention import cross_attention
 from .dead_work import dead_work
 from .denoise_step import denoise_step
+from .dense_attention import dense_attention
 from .gelu import gelu
 from .lowp import PrecisionMap, lowp
 from .merge_qkv import merge_qkv
@@ -39,6 +41,7 @@ REWRITES: dict[str, Rewrite] = {
             "cross-attention", "attention to the prompt over one page of its keys and values, without a copy",
             on_each_graph(cross_attention),
         ),
+        Rewrite("dense-attention", "attention over pages that are one run through a library's kernel", None),
         Rewrite("split-keys", "attention over parts of the keys, where a GPU's last wave would not be full", None),
         Rewrite("adaln", "residual, layer norm and modulation in one kernel", on_each_graph(adaln)),
         Rewrite("denoise-step", "unpatchify, solver step and noise in one kernel", on_each_graph(denoise_step)),
@@ -73,14 +76,20 @@ def chosen(with_: Collection[str] = (), without: Collection[str] = ()) -> list[s
 
 
 def rewritten(
-    block: BlockGraph, names: Collection[str], precision: PrecisionMap = EVERY_LAYER, multiprocessors: int = 0
+    block: BlockGraph,
+    names: Collection[str],
+    precision: PrecisionMap = EVERY_LAYER,
+    multiprocessors: int = 0,
+    run: Run | None = None,
 ) -> BlockGraph:
     """The block after these rewrites, in their order; `changes` says what each did. The given block stays as it is.
 
     precision: which layers `lowp` packs, and how. multiprocessors: of the GPU that `split-keys` is for, which is left
-    out with 0.
+    out with 0. run: pages that every list is, for `dense-attention`, which is left out without.
     """
     result, set_up = copied(block), {"lowp": lowp(precision)}
+    if run is not None:
+        set_up["dense-attention"] = dense_attention(run)
     if multiprocessors:
         set_up["split-keys"] = split_keys(multiprocessors)
     for rewrite in REWRITES.values():

@@ -67,6 +67,12 @@ SPEC = KernelSpec(
             rules=("page_tokens >= 128", "head_groups == 1", "has_kv_scale == 0", "2 * pages * page_tokens < 2**31"),
             otherwise="triton", unproved="compiled and simulated only: no card has run it",
         ),
+        Implementation(
+            "fp8_qk", ".block_attention.fp8_qk:block_attention", (90,), last_dims=HEAD_DIMS,
+            rules=("has_kv_scale == 1", "head_groups == 1"), otherwise="triton",
+            unproved="compiled and interpreted only: no card has run it",
+            reference=".block_attention.fp8_qk:reference",
+        ),
         Implementation("sdpa", ".block_attention.sdpa:block_attention"),
         Implementation("flash_attn", ".block_attention.flash:block_attention"),
         Implementation("cpu", ".block_attention.cpu:block_attention", cpu=True),

@@ -6,12 +6,9 @@ comparison and for passes that are not captured.
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
-
 from torch import Tensor
 
-from ...errors import InferixError
+from ..dense_attention.flash import attend
 from .sdpa import runs_of
 
 
@@ -28,9 +25,5 @@ def block_attention(
     scale: float,
 ) -> None:
     """Slices of the pages as keys and values; ValueError for what the package cannot do, InferixError without it."""
-    runs = runs_of("flash_attn", kv, page_table, page_count, q_sink, kv_scale, lse)
-    if not find_spec("flash_attn"):
-        raise InferixError("block_attention: flash-attn is not installed; pip install flash-attn, or take another form")
-    attend = import_module("flash_attn").flash_attn_func
-    for row, (k, v) in enumerate(runs):
-        out[row] = attend(q[row : row + 1], k[None], v[None], softmax_scale=scale, causal=False)[0]
+    for row, (k, v) in enumerate(runs_of("flash_attn", kv, page_table, page_count, q_sink, kv_scale, lse)):
+        out[row] = attend(q[row : row + 1], k[None], v[None], scale)[0]

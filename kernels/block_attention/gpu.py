@@ -66,6 +66,8 @@ RUN = 32  # pages of a run at most; a longer one is walked as two
 #
 # With PARTS, the tokens of the list, as if they lay one after the other, are cut at multiples of STEP, and a program
 # reads those of its part only: `begin` and `stop` count them.
+#
+# With LOW, queries are rounded to FP8 with a scale each, and multiplied with keys in FP8 as they lie in the pages.
 
 
 @triton.jit
@@ -100,14 +102,25 @@ def _masked(qk, at, start, last, KEYS: tl.constexpr):
 
 
 @triton.jit
-def _fold(qk, v, m_i, l_i, acc, factor):
-    """One step of online softmax: take scores [QUERIES, KEYS] into m_i, l_i [QUERIES] and acc [QUERIES, DIM]."""
+def _fold(qk, v, m_i, l_i, acc, factor, LOW: tl.constexpr):
+    """One step of online softmax: take scores [QUERIES, KEYS] into m_i, l_i [QUERIES] and acc [QUERIES, DIM].
+
+    factor: of the scores, with LOW one for each query.
+    """
     m_ij = tl.maximum(m_i, tl.max(qk, 1) * factor)
-    p = tl.exp2(qk * factor - m_ij[:, None])
+    p = tl.exp2(qk * factor[:, None] - m_ij[:, None]) if LOW else tl.exp2(qk * factor - m_ij[:, None])
     alpha = tl.exp2(m_i - m_ij)
     l_i = l_i * alpha + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     return m_ij, l_i, acc
+
+
+@triton.jit
+def _packed(q, LIMIT: tl.constexpr):
+    """Queries [QUERIES, DIM] in FP8, and the scale of each."""
+    q = q.to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(q), 1), 1e-12) / LIMIT
+    return (q / scale[:, None]).to(tl.float8e4nv), scale
 
 
 @triton.jit(do_not_specialize=["pages"])  # a store of one page is not a kernel of its own
@@ -116,7 +129,7 @@ def _attend(
     tokens, pages, table_width, factor,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, RUN: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr, PARTS: tl.constexpr, STEP: tl.constexpr,
-    SINK: tl.constexpr, SCALED: tl.constexpr, LSE: tl.constexpr, TILED: tl.constexpr,
+    SINK: tl.constexpr, SCALED: tl.constexpr, LSE: tl.constexpr, TILED: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(2).to(tl.int64)
     head = tl.program_id(1) // PARTS
@@ -128,7 +141,11 @@ def _attend(
     q_base = ((row * tokens + tl.program_id(0) * QUERIES) * HEADS + head) * DIM
     q_tile = tl.arange(0, QUERIES)[:, None] * HEADS * DIM + offs_d[None]  # [QUERIES, DIM]
     kind: tl.constexpr = tl.float16 if SCALED else q_ptr.dtype.element_ty  # FP8 is exact in float16
-    q = tl.load(q_ptr + q_base + q_tile, mask=is_query, other=0.0).to(kind)
+    q = tl.load(q_ptr + q_base + q_tile, mask=is_query, other=0.0)
+    if LOW:
+        q, q_scale = _packed(q, LOW)
+    else:
+        q = q.to(kind)
 
     count = tl.load(count_ptr + row)
     sinks = tl.minimum(tl.load(sinks_ptr + row), count) if SINK else 0
@@ -166,7 +183,14 @@ def _attend(
             source_ptr = q_ptr
             if first < sinks:
                 source_ptr = q_sink_ptr
-            q = tl.load(source_ptr + q_base + q_tile, mask=is_query, other=0.0).to(kind)
+            q = tl.load(source_ptr + q_base + q_tile, mask=is_query, other=0.0)
+            if LOW:
+                q, q_scale = _packed(q, LOW)
+            else:
+                q = q.to(kind)
+        score_factor = qk_factor
+        if LOW:
+            score_factor = qk_factor * q_scale
         length = run * PAGE  # tokens of the run
         skipped = begin - first * PAGE  # those that belong to the part before
         last = tl.minimum(length, stop - first * PAGE)  # the first that belongs to the part behind
@@ -183,7 +207,7 @@ def _attend(
             if TAIL == 0:  # noqa: SIM102 (known when it is compiled; the next one is not)
                 if start + KEYS > last:
                     qk = _masked(qk, at, start, last, KEYS)
-            m_i, l_i, acc = _fold(qk, v.to(q.dtype), m_i, l_i, acc, qk_factor)
+            m_i, l_i, acc = _fold(qk, v.to(kind), m_i, l_i, acc, score_factor, LOW)
         if TAIL:
             for start in tl.range(behind, last, TAIL, num_stages=1):
                 at, k, v = _tile(
@@ -191,7 +215,7 @@ def _attend(
                 )
                 qk = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
                 qk = _masked(qk, at, start, last, TAIL)
-                m_i, l_i, acc = _fold(qk, v.to(q.dtype), m_i, l_i, acc, qk_factor)
+                m_i, l_i, acc = _fold(qk, v.to(kind), m_i, l_i, acc, score_factor, LOW)
         begin = first * PAGE + last
     # out: [PARTS, rows, tokens, HEADS, DIM]; lse: [PARTS, rows, HEADS, tokens]
     share = acc_scale / l_i
@@ -221,11 +245,13 @@ def block_attention(
     config: Config | None = None,
     kv_tiles: Any = None,
     parts: int = 1,
+    low: int = 0,
 ) -> None:
     """Launch for tensors that were checked; tensors that are not given are replaced by others that are not read.
 
     config: by default that of architecture and head dim. kv_tiles: a descriptor that loads whole tiles of kv.
-    parts: of the keys, each with a result of its own, out [parts, R, T, H, D] and lse [parts, R, H, T].
+    parts: of the keys, each with a result of its own, out [parts, R, T, H, D] and lse [parts, R, H, T]. low: largest
+    entry of queries that are multiplied in FP8, over pages in FP8; 0 for queries as they are.
     """
     expect_one_list("triton", page_table)
     if kv_scale is not None:
@@ -244,7 +270,7 @@ def block_attention(
         HEADS=heads, KV_HEADS=kv.shape[3], DIM=dim, PAGE=kv.shape[2], RUN=run,
         QUERIES=config.queries, KEYS=config.keys, TAIL=config.tail, PARTS=parts, STEP=STEP,
         SINK=q_sink is not None, SCALED=kv_scale is not None, LSE=lse is not None, TILED=kv_tiles is not None,
-        num_warps=config.warps, num_stages=config.stages,
+        LOW=low, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
 
@@ -261,7 +287,15 @@ def candidates(capability: int) -> list[Config]:
 
 def compile_cases(capability: int) -> dict[str, dict[str, object]]:
     """Calls that cover the variants, for the gate that compiles without a GPU: name -> arguments."""
-    return variants(capability, CONFIGS)
+    from .reference import make_inputs, sizes
+
+    calls = variants(capability, CONFIGS)
+    for heads, page_tokens in ((24, 2025), (48, 3600)):  # of models whose heads share keys, at their pictures' sizes
+        inputs = make_inputs(Case("grouped", sizes(1, 128, 4, 1, heads, 8, 128)), torch.bfloat16, "cpu", 0)
+        kv = inputs["kv"]
+        store = {"kv": kv.new_empty(2, kv.shape[1], page_tokens, 8, 128), "config": CONFIGS[capability, 128]}
+        calls[f"grouped by 8 bf16 d128 h{heads}"] = inputs | store
+    return calls
 
 
 def variants(capability: int, configs: dict[tuple[int, int], Config]) -> dict[str, dict[str, object]]:

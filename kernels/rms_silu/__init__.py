@@ -1,4 +1,4 @@
-"""`rms_silu`: the norm and activation before every convolution of a VAE, in one pass."""
+"""`rms_silu`: residual sum, norm and activation between two convolutions of a VAE, in one pass."""
 
 from __future__ import annotations
 
@@ -9,16 +9,29 @@ from ..op import Op
 from ..spec import ANY_FLOAT, ARCHITECTURES, FLOATS, Arg, Implementation, KernelSpec
 from . import reference
 
+
+def detail(given: frozenset[str]) -> str:
+    """The variant of a call: with what is added before the norm."""
+    return ", ".join([*sorted(given & {"bias", "residual"}), "norm"])
+
+
+PIXELS = "pixels channels"
 SPEC = KernelSpec(
     name="rms_silu",
     reference=reference.rms_silu,
-    outputs=("out",),
+    outputs=("total", "out", "tail"),
     like="x",
     args={
-        "x": Arg("pixels channels", ANY_FLOAT),
+        "x": Arg(PIXELS, ANY_FLOAT),
         "gamma": Arg("channels", ("x",)),
-        "out": Arg("pixels channels", ("x",)),
+        "bias": Arg("channels", ("x",)),
+        "residual": Arg(PIXELS, ("x",)),
+        "total": Arg(PIXELS, ("x",)),
+        "out": Arg(PIXELS, ("x",)),
+        "tail": Arg("tail_pixels channels", ("x",)),
     },
+    rules=("tail_pixels <= pixels",),
+    detail=detail,
     family="norm and gate",
     label="rms norm, silu",
     flops="8 * pixels * channels",
@@ -31,15 +44,25 @@ SPEC = KernelSpec(
 OP = Op(SPEC)
 
 
-def rms_silu(x: Tensor, gamma: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """silu(x / ||x|| * sqrt(C) * gamma) over the channels of each pixel.
+def rms_silu(
+    x: Tensor,
+    gamma: Tensor,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
+    out: Tensor | None = None,
+    tail: Tensor | None = None,
+) -> Tensor:
+    """silu(y / ||y|| * sqrt(C) * gamma) over the channels of each pixel, y = x + bias + residual.
 
-    x, out: [pixels, C], channels last; out may be x. gamma: [C]. All in one dtype, sums in float32; a pixel that is
-    all 0 stays 0. Raises UsageError naming the argument that does not fit. Source: the VAE of Wan 2.1
-    (arXiv 2503.20314).
+    x, residual, total, out: [pixels, C], channels last; out may be x. bias: [C], of the convolution that made x. gamma:
+    [C]. total: receives y, rounded to its dtype; the norm reads y before that. tail: receives the last pixels of out.
+    All in one dtype, sums in float32; a pixel that is all 0 stays 0. Raises UsageError naming the argument that does
+    not fit. Source: the VAE of Wan 2.1 (arXiv 2503.20314).
     """
     out = torch.empty_like(x) if out is None else out
-    OP(x, gamma, out)
+    OP(x, gamma, bias, residual, total, out, tail)
     return out
 
 

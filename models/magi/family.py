@@ -37,6 +37,7 @@ RANDOM_SHARD = 5_000_000_000  # bytes of the largest file of random weights
 
 class MagiFamily(Family):
     name = "magi"
+    layers = "videodit_blocks.layers"
     models: Mapping[str, ModelSpec] = MODELS
     presets: Sequence[Preset] = PRESETS
     formats: Mapping[str, Format] = FORMATS

@@ -125,6 +125,7 @@ class VitVae(Decoder):
     """Encodes and decodes tile by tile; the state only counts frames."""
 
     spec: VitVaeSpec
+    name = "VitVae"
 
     def __init__(self, spec: VitVaeSpec) -> None:
         super().__init__()

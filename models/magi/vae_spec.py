@@ -107,7 +107,7 @@ class VitVaeSpec(DecoderSpec):
             total += 2 * tokens * entries + self.num_layers * 4 * tokens * tokens * self.tile_frames * self.dim
         return total
 
-    def scratch_bytes(self, latent: tuple[int, int], frames: int, item: int) -> int:
+    def scratch_bytes(self, latent: tuple[int, int], frames: int, item: int, on_gpu: bool = False) -> int:
         tokens = self.tile_frames * max(self.tile_tokens(latent)) + 1
         tile = tokens * (8 * self.dim + 2 * self.ffn_dim + 4 * math.prod(self.patch) * (self.channels + 3))
         pictures = frames * math.prod(latent) * math.prod(self.patch) * 3

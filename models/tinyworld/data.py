@@ -6,6 +6,7 @@ places that have left the picture, or run into obstacles, which purely random wa
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,6 +59,20 @@ def along_things(rng: random.Random, length: int, world: World) -> list[str]:
         if action not in blocked:
             x, y = ahead[action]
     return walk
+
+
+def straight(rng: random.Random, length: int, world: World) -> list[str]:
+    """Draw actions that lead in one direction, and some steps to anywhere free where something stands in the way."""
+    ahead, actions, walked = rng.choice(ACTIONS[1:]), list[str](), copy.copy(world)
+    while len(actions) < length:
+        free = [
+            action for action, (dx, dy) in MOVES.items() if walked.free(walked.x + dx * STEP, walked.y + dy * STEP)
+        ]
+        action = ahead if ahead in free else rng.choice(free[1:] or ["stay"])  # the first is to stay
+        steps = [action] if action == ahead else [action] * rng.randint(1, 3)
+        walked.walk(steps)
+        actions += steps
+    return actions[:length]
 
 
 @dataclass(frozen=True)

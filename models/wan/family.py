@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UsageError, quoted
+from ...graphs.shards import Axis
 from ...schemes.presets import EXPERTS, Preset
+from ..column_decoder import ColumnDecoder
 from ..decoder import Decoder, DecoderSpec
 from ..family import AdapterUpdate, Checkpoint, Family, Format, Merge, Part, PromptEncoder
 from ..spec import ModelSpec
@@ -33,7 +35,9 @@ from .transformer import WanTransformer
 from .transformer_cpu import with_cpu_layers
 from .vae import CausalVae
 from .vae_checkpoint import TINY_DECODERS, find_tiny_decoder, find_vae, load_decoder, load_vae
+from .vae_columns import JOINING
 from .vae_cpu import use_cpu_layers
+from .vae_gpu import use_gpu_layers
 from .vae_spec import TAEW21, TAEW22, TinySpec, VaeSpec
 from .write_checkpoint import copy_text, write_experts, write_random_transformer, write_transformer, write_vae
 
@@ -44,6 +48,7 @@ class WanFamily(Family):
     presets: Sequence[Preset] = PRESETS
     formats: Mapping[str, Format] = FORMATS
     demo: str = "wan-tiny"
+    decodes_columns: bool = True
 
     def demo_of(self, preset: Preset) -> str:
         return "lingbot-tiny" if preset.context.image == "channels" else self.demo
@@ -131,13 +136,16 @@ class WanFamily(Family):
         return CausalVae(spec)
 
     def random_decoder(self, spec: ModelSpec, tiny: bool, dtype: torch.dtype, device: Any) -> Decoder:
-        return use_cpu_layers(super().random_decoder(spec, tiny, dtype, device))
+        return self.with_fast_layers(super().random_decoder(spec, tiny, dtype, device))
 
     def find_decoder(self, name: str | None, folders: Sequence[Path]) -> Path:
         return choose_decoder(name, folders)
 
     def load_decoder(self, path: Path, dtype: torch.dtype, device: Any) -> Decoder:
-        return use_cpu_layers(load_decoder(path, dtype, device))
+        return self.with_fast_layers(load_decoder(path, dtype, device))
+
+    def column_decoder(self, decoder: Decoder, axis: Axis) -> ColumnDecoder:
+        return ColumnDecoder(decoder, axis, JOINING)
 
     # Comparison
 
@@ -147,10 +155,12 @@ class WanFamily(Family):
     def diffusers_network(self, model: Transformer) -> nn.Module:
         return diffusers_network(model)
 
-    # CPU
+    # Layers by device
 
-    def on_cpu(self, module: Part) -> Part:
-        return with_cpu_layers(module) if isinstance(module, WanTransformer) else use_cpu_layers(module)
+    def with_fast_layers(self, module: Part) -> Part:
+        if isinstance(module, WanTransformer):
+            return with_cpu_layers(module)
+        return use_gpu_layers(use_cpu_layers(module))
 
     # Text
 

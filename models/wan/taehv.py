@@ -49,6 +49,7 @@ class TinyDecoder(Decoder):
     """TAEHV's decoder from normalised latents to pixels, as a stream; it cannot encode."""
 
     spec: TinySpec
+    name = "TinyDecoder"
 
     def __init__(self, spec: TinySpec) -> None:
         super().__init__()

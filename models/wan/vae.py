@@ -74,8 +74,12 @@ class FrameAttention(nn.Module):
     def forward(self, x: Tensor, state: StreamState) -> Tensor:
         frames = by_frame(x)
         q, k, v = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)
-        out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, frames.shape[2:])
+        out = self.attend(q, k, v)[:, 0].transpose(1, 2).unflatten(2, frames.shape[2:])
         return x + by_clip(self.proj(out), len(x))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the pixels of each frame; all [T, 1, H*W, C]."""
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 class Downsample(nn.Module):
@@ -250,6 +254,7 @@ class CausalVae(StreamDecoder):
     """Encoder and decoder between pixels and normalised latents, both as streams."""
 
     spec: VaeSpec
+    name = "CausalVae"
     zero_start = True
 
     def __init__(self, spec: VaeSpec) -> None:
@@ -268,22 +273,25 @@ class CausalVae(StreamDecoder):
         The first frame of a stream is one latent frame; after it every `temporal_stride` frames are one.
         Raises ValueError if the count of frames does not fit.
         """
-        stride = self.spec.temporal_stride
-        first = int(state.frames == 0)
-        if (len(pixels) - first) % stride:
-            raise ValueError(
-                f"{len(pixels)} frames cannot be encoded {'from the start' if first else 'here'}: "
-                f"expected a multiple of {stride}{' plus 1' if first else ''}"
-            )
-        if len(pixels) == 0:
-            raise ValueError("0 frames cannot be encoded: expected at least 1")
         latents = []
-        pixels = to_patches(pixels, self.spec.patch)
-        for chunk in pixels.split([1] * first + [stride] * ((len(pixels) - first) // stride)):
+        pixels, sizes = to_patches(pixels, self.spec.patch), self.chunks(len(pixels), state)
+        for chunk in pixels.split(sizes):
             x = self.quant_conv(self.encoder(chunk.transpose(0, 1)[None], state))
             state.frames += 1
             latents.append(x[0, : self.spec.z_dim].transpose(0, 1))
         return (torch.cat(latents) - self._channels(self.spec.mean, pixels)) / self._channels(self.spec.std, pixels)
+
+    def chunks(self, count: int, state: StreamState) -> list[int]:
+        """Frames of each latent frame that `count` frames become; ValueError if they do not fit."""
+        stride, first = self.spec.temporal_stride, int(state.frames == 0)
+        if (count - first) % stride:
+            raise ValueError(
+                f"{count} frames cannot be encoded {'from the start' if first else 'here'}: "
+                f"expected a multiple of {stride}{' plus 1' if first else ''}"
+            )
+        if count == 0:
+            raise ValueError("0 frames cannot be encoded: expected at least 1")
+        return [1] * first + [stride] * ((count - first) // stride)
 
     def decode(self, latents: Tensor, state: StreamState) -> Tensor:
         """Decode normalised latents [F, z, h, w] to pixels [T, 3, s*h, s*w] in [-1, 1]; advances `state`.

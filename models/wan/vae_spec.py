@@ -77,8 +77,22 @@ class VaeSpec(DecoderSpec):
         area = math.prod(latent)
         return area * conv_flops(encoder_convs(self), first=True) + 4 * area**2 * self.widths[-1]
 
-    def scratch_bytes(self, latent: tuple[int, int], frames: int, item: int) -> int:
-        return scratch_bytes(self, latent, frames, item, max(live_bytes(conv, item) for conv in decoder_convs(self)))
+    def edge_entries(self, first: bool = False) -> tuple[int, int]:
+        # A causal convolution reads all frames under its kernel in one call.
+        wide = [conv for conv in decoder_convs(self) if conv.kernel[2] > 1]
+        frames = [conv.past + (conv.place.first if first else conv.place.frames) for conv in wide]
+        return sum(conv.inputs * conv.place.scale * n for conv, n in zip(wide, frames, strict=True)), len(wide)
+
+    @property
+    def attended_entries(self) -> int:
+        return 2 * self.decoder_widths[0]
+
+    def scratch_bytes(self, latent: tuple[int, int], frames: int, item: int, on_gpu: bool = False) -> int:
+        if on_gpu:
+            live = max(group_bytes(conv, frames, item, self.shortcuts) for conv in decoder_convs(self))
+        else:
+            live = max(live_bytes(conv, item) for conv in decoder_convs(self))
+        return scratch_bytes(self, latent, frames, item, live)
 
 
 @dataclass(frozen=True)
@@ -122,7 +136,18 @@ class TinySpec(DecoderSpec):
     def encode_flops(self, latent: tuple[int, int]) -> int:
         return 0
 
-    def scratch_bytes(self, latent: tuple[int, int], frames: int, item: int) -> int:
+    def edge_entries(self, first: bool = False) -> tuple[int, int]:
+        # Each frame is a call; a memory block's first convolution reads its cached frame, too, as channels.
+        wide = [conv for conv in tiny_convs(self) if conv.kernel[2] > 1]
+        frames = [conv.place.first if first else conv.place.frames for conv in wide]
+        return sum(conv.inputs * conv.place.scale * n for conv, n in zip(wide, frames, strict=True)), sum(frames)
+
+    def scratch_bytes(self, latent: tuple[int, int], frames: int, item: int, on_gpu: bool = False) -> int:
+        if on_gpu:
+            convs = ((conv, conv.place.frames * conv.place.scale**2) for conv in tiny_convs(self))
+            sizes = ((max(conv.inputs, conv.inputs // 4 + conv.outputs) + conv.outputs) * size for conv, size in convs)
+            live = item * max(sizes)  # after upsampling: the small input, the result by phase, and its pixels
+            return scratch_bytes(self, latent, frames, item, live)
         # The upsampled input and the output of each stage stay live until the stages after it are done.
         grown = (conv for conv in tiny_convs(self) if not conv.bias)
         live = item * sum((conv.inputs + conv.outputs) * conv.place.scale**2 for conv in grown)
@@ -165,6 +190,7 @@ WAN22_VAE = VaeSpec(
          0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
          0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
 )  # fmt: skip
+GROUP = 3  # latent frames that go through the layers of a GPU together
 TINY_VAE = replace(WAN21_VAE, base_channels=16, decoder_channels=16, num_res_blocks=1)
 TINY_VAE22 = replace(WAN22_VAE, base_channels=16, decoder_channels=16, num_res_blocks=1)
 TAEW21 = TinySpec(z_dim=16, widths=(256, 128, 64, 64), time=(1, 2, 2), patch=1)
@@ -297,6 +323,22 @@ def live_bytes(conv: Conv, item: int) -> int:
         return item * (conv.beside + doubled // 4) + doubled * (max(item, 4) + item)
     joined = conv.inputs * (frames + 2 * conv.past) if conv.past else 0
     return item * (conv.beside + positions * (frames * (2 * conv.inputs + conv.outputs) + joined))
+
+
+def group_bytes(conv: Conv, frames: int, item: int, shortcuts: bool) -> int:
+    """Peak live bytes for each latent position around one convolution with the layers of a GPU.
+
+    Of the frames of a group: input and output; of a convolution with a norm its cached frames and the residual, too.
+    One latent frame more is live.
+    """
+    group, one, positions = min(frames, GROUP), conv.place.frames, conv.place.scale**2
+    count = group * one
+    entries = conv.inputs * count + conv.outputs * (count + one)
+    if conv.doubles:
+        entries = conv.inputs * (count + one) // 4 + conv.outputs * (count + one + shortcuts * (count + one))
+    elif conv.norm:
+        entries += conv.inputs * (count + 2 * conv.past)
+    return item * (shortcuts * group * conv.beside + positions * entries)
 
 
 def conv_flops(convs: Iterable[Conv], first: bool) -> int:

@@ -21,7 +21,7 @@ from . import costs, planner
 from .available_memory import Available, available_memory
 from .costs import ITEMSIZE
 from .planner import Suggestion, Workload
-from .rank_planner import divided_of, rank_memory
+from .rank_planner import decoder_ranks, divided_of, rank_memory
 
 MOST_SUGGESTIONS = 4
 
@@ -59,7 +59,9 @@ class MemoryCheck:
         total = planner.needed(load) + self.more_bytes(load, fast)
         if (gpus := self.config.gpus) > 1:
             grid = choose_layout(divided_of(load), gpus, self.config.parallel)
-            total = rank_memory(load, grid, self.sessions, self.config.shard_weights) + self.more_bytes(load, fast)
+            decoders = decoder_ranks(spec, load.size, gpus, self.config.shard_decoder)
+            total = rank_memory(load, grid, self.sessions, self.config.shard_weights, decoders)
+            total += self.more_bytes(load, fast)
             total *= gpus if device.type == "cpu" else 1  # processes share the memory of the machine
         self.compare(load, total, available_memory(device))
         if made_on_host and device.type != "cpu":
@@ -69,14 +71,14 @@ class MemoryCheck:
 
     def workload(self, spec: ModelSpec, decoder: DecoderSpec, text: int) -> Workload:
         """Workload for the planner; a stream that keeps every frame counts with its first window."""
-        config, preset = self.config, self.preset
+        config, preset, on_gpu = self.config, self.preset, self.config.device.startswith("cuda")
         if page_needs(preset).context is None:
             preset = planner.with_window(preset, planner.shortest_window(preset))
         load = Workload(
             spec, preset, decoder, text, self.size or spec.default_size, config.dtype, config.kv_dtype or config.dtype,
-            self.sessions, executor=config.executor, keeps_frames=config.keeps_frames,
+            self.sessions, executor=config.executor, keeps_frames=config.keeps_frames, on_gpu=on_gpu,
         )  # fmt: skip
-        if config.device.startswith("cuda") and torch.cuda.get_device_capability(config.device) < FP8_CAPABILITY:
+        if on_gpu and torch.cuda.get_device_capability(config.device) < FP8_CAPABILITY:
             return replace(load, narrow="int8")
         return load
 

@@ -45,7 +45,7 @@ class Workload:
     text: parameters of the text encoder; 0 where prompts are given as embeddings. dtype: of weights and activations,
     kv_dtype: of pages; names in `costs.ITEMSIZE`. narrow: kv_dtype to suggest where memory is short. executor: a name
     in `EXECUTORS`. keeps_frames: what depends on a camera alone is computed once for a block, and kept.
-    batch: sessions that one pass serves at most; 1 where they take turns.
+    batch: sessions that one pass serves at most; 1 where they take turns. on_gpu: the decoder has the layers of a GPU.
     """
 
     spec: ModelSpec
@@ -60,6 +60,7 @@ class Workload:
     executor: str = REFERENCE
     keeps_frames: bool = True
     batch: int = 1
+    on_gpu: bool = False
 
     def __post_init__(self) -> None:
         self.spec.latent_size(self.size)
@@ -78,6 +79,12 @@ class Workload:
         """Bytes that are kept of a block's cameras."""
         block = self.preset.num_frame_per_block
         return costs.frame_bytes(self.spec, self.tokens, block, self.dtype) if self.keeps_frames else 0
+
+    @property
+    def decode_scratch(self) -> int:
+        """Bytes of decoding a block, besides weights, state and latents."""
+        block, item = self.preset.num_frame_per_block, ITEMSIZE[self.dtype]
+        return self.decoder.scratch_bytes(self.latent, block, item, self.on_gpu)
 
     @property
     def tokens(self) -> int:
@@ -150,7 +157,7 @@ def memory(load: Workload) -> Memory:
         "vae": item * load.decoder.parameters,
         "text_encoder": item * load.text,
         "pass_scratch": costs.pass_scratch(spec, load.tokens, longest_pass(preset), load.dtype),
-        "decode_scratch": load.decoder.scratch_bytes(load.latent, preset.num_frame_per_block, item),
+        "decode_scratch": load.decode_scratch,
         **(graph_memory(load) if executor_spec(load.executor).graphs else {}),
         "page_buffer": load.batch * staged * costs.page_bytes(spec, load.tokens, load.dtype) // spec.num_layers,
         "batch": batch_memory(load),
@@ -198,8 +205,7 @@ def graph_memory(load: Workload) -> dict[str, int]:
         block, commit = load.preset.num_frame_per_block, load.preset.context.commit
         constants += costs.table_bytes(spec, block, sampler.steps, commit, dtype)
     arenas = [costs.arena_bytes(spec, load.tokens, count, dtype) for count in frames]
-    decoding = load.decoder.scratch_bytes(load.latent, load.preset.num_frame_per_block, ITEMSIZE[dtype])
-    absent = decoding + arenas[0] if len(arenas) == 1 else min(arenas)
+    absent = load.decode_scratch + arenas[0] if len(arenas) == 1 else min(arenas)
     return {
         "pass_scratch": sum(arenas),
         "constants": constants,
@@ -304,6 +310,7 @@ class Speed:
     decoder_bytes: float
     transformer_seconds: float
     decoder_seconds: float
+    encoder_seconds: float  # of the decoder's, for pictures that the block encodes again
     frames: float  # video frames of the block
 
     @property
@@ -338,13 +345,14 @@ def speed(load: Workload, block: ScheduledBlock, ceiling: Ceiling) -> Speed:
         for frame in range(block.decoded)
     ]
     traffic = costs.decode_traffic(load.decoder, load.latent, load.dtype)
-    decoder_seconds = sum(ceiling.seconds(one, traffic) for one in decoding)
+    decoder_seconds, encoder_seconds = sum(ceiling.seconds(one, traffic) for one in decoding), 0.0
     if block.encoded and load.decoder.encodes:
         encoding = block.encoded * load.decoder.encode_flops(load.latent)
         decoding.append(encoding)
-        decoder_seconds += ceiling.seconds(encoding, 0)
+        encoder_seconds = ceiling.seconds(encoding, 0)
     shown = len(block.span.frames) * spec.vae_stride[0] - (spec.vae_stride[0] - spec.first_pictures) * block.first
-    return Speed(flops, sum(decoding), moved, block.decoded * traffic, seconds, decoder_seconds, shown)
+    decoder_seconds += encoder_seconds
+    return Speed(flops, sum(decoding), moved, block.decoded * traffic, seconds, decoder_seconds, encoder_seconds, shown)
 
 
 def camera_runs(load: Workload, block: ScheduledBlock) -> list[int]:

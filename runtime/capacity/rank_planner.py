@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...errors import UsageError, nearest, quoted
 from ...graphs.passes import Pass
+from ...graphs.tiles import shares
 from ...models.files import parse_json
+from ...models.registry import family_of
 from ...models.spec import ModelSpec
 from ...models.weight_shards import part_of
 from ...schemes.block_schedule import ScheduledBlock
 from ...schemes.guidance import Guidance
-from ...schemes.layouts import Divided, PassShape, RankGrid, bytes_sent, collectives
+from ...schemes.layouts import LAYERS, Divided, PassShape, RankGrid, bytes_sent, collectives
 from ...schemes.page_needs import least_pages
 from . import costs, planner
 from .costs import ITEMSIZE
@@ -65,7 +67,7 @@ def divided(spec: ModelSpec, size: tuple[int, int], guide: Guidance) -> Divided:
     """Counts of a model, of its pictures of `size` and of a preset's guidance, which ranks divide."""
     height, width = spec.latent_size(size)
     grid = height // spec.patch[0], width // spec.patch[1]
-    return Divided(spec.num_heads, spec.kv_heads, grid, len(set(guide.caches)), guide.is_even)
+    return Divided(spec.num_heads, spec.kv_heads, grid, len(set(guide.caches)), guide.is_even, spec.num_layers)
 
 
 def divided_of(load: Workload) -> Divided:
@@ -91,11 +93,11 @@ def weight_bytes(load: Workload, grid: RankGrid) -> int:
     return (grid.tiles - 1) * sum(item * part_of(count, grid.tiles) for count, item in divided_matrices(load))
 
 
-def pass_bytes(load: Workload, run: Pass, grid: RankGrid) -> int:
-    """Bytes that each rank sends in one pass of one branch, besides weights."""
+def pass_bytes(load: Workload, run: Pass, grid: RankGrid, stage: int = 0) -> int:
+    """Bytes that each rank sends in one pass of one branch, besides weights. stage: of ranks that hold layers."""
     frames, spec = len(run.frames), load.spec
     shape = PassShape(frames * load.tokens, load.preset.context.rotates_sink, frames * frame_entries(load))
-    return bytes_sent(grid, shape, divided_of(load), spec.head_dim, spec.num_layers, ITEMSIZE[load.dtype])
+    return bytes_sent(grid, shape, divided_of(load), spec.head_dim, spec.num_layers, ITEMSIZE[load.dtype], place=stage)
 
 
 def runs_at(load: Workload, block: ScheduledBlock, grid: RankGrid, place: int) -> list[Pass]:
@@ -108,26 +110,72 @@ def runs_at(load: Workload, block: ScheduledBlock, grid: RankGrid, place: int) -
 
 
 def block_bytes(
-    load: Workload, block: ScheduledBlock, grid: RankGrid, place: int = 0, shard_weights: bool = False
+    load: Workload, block: ScheduledBlock, grid: RankGrid, place: int = 0, shard_weights: bool = False, stage: int = 0
 ) -> int:
     """Bytes that the first rank of a place sends in a block whose passes run one by one.
 
     place: of branches of guidance; ranks of others than 0 send their velocities to rank 0. shard_weights: ranks gather
-    the weights in each pass.
+    the weights in each pass. stage: of a rank that holds layers.
     """
     runs = runs_at(load, block, grid, place)
     velocities = sum(len(run.frames) for run in runs) * frame_entries(load) * ITEMSIZE[load.dtype]
     weights = len(runs) * weight_bytes(load, grid) if shard_weights else 0
-    return sum(pass_bytes(load, run, grid) for run in runs) + weights + (velocities if place > 0 else 0)
+    return sum(pass_bytes(load, run, grid, stage) for run in runs) + weights + (velocities if place > 0 else 0)
 
 
 def block_collectives(
     load: Workload, block: ScheduledBlock, grid: RankGrid, place: int = 0, shard_weights: bool = False
 ) -> int:
-    """Collectives, and sent velocities, of the first rank of a place in a block."""
+    """Collectives, and sent velocities, of the first rank of a place in a block; of all where ranks hold layers."""
     runs = len(runs_at(load, block, grid, place))
     each = collectives(grid, load.spec.num_layers, load.preset.context.rotates_sink)
     return runs * (each + (place > 0) + (len(divided_matrices(load)) if shard_weights else 0))
+
+
+# Decoder
+
+
+def decoder_ranks(spec: ModelSpec, size: tuple[int, int], ranks: int, asked: bool | None = None) -> int:
+    """Ranks that decode some columns of each picture: all, or rank 0 alone.
+
+    asked: the setting `shard_decoder`; UsageError where it is True and ranks cannot.
+    """
+    if asked is False or ranks == 1:
+        return 1
+    if (reason := against_columns(spec, size, ranks)) is None:
+        return ranks
+    if asked:
+        raise UsageError(f"shard_decoder is True, but {reason}; leave shard_decoder out")
+    return 1
+
+
+def against_columns(spec: ModelSpec, size: tuple[int, int], ranks: int) -> str | None:
+    """Why ranks cannot decode some columns each of pictures of `size`; None where they can."""
+    columns = spec.latent_size(size)[1]
+    if not family_of(spec).decodes_columns:
+        return f"the decoder of {spec.name} attends to whole tiles, which ranks do not divide"
+    return f"{size[0]}x{size[1]} has {columns} columns of latents for {ranks} ranks" if columns < ranks else None
+
+
+def decoding_sent(load: Workload, block: ScheduledBlock, ranks: int, rank: int) -> tuple[int, int]:
+    """Bytes that a rank sends while all decode the frames of a block, and how often it sends.
+
+    Of its edges to each neighbour, of what all columns need, and of its pictures to rank 0.
+    """
+    rows, columns = load.latent
+    widths, item, decoder = shares(columns, ranks), ITEMSIZE[load.dtype], load.decoder
+    sides, sent, calls, pictures = (rank > 0) + (rank < ranks - 1), 0, 0, 0
+    for frame in range(block.decoded):
+        first = frame == 0 and block.decoder_begins and not load.preset.context.decoder_zero_start
+        entries, times = decoder.edge_entries(first)
+        sent += sides * rows * entries * item
+        calls += times + (decoder.attended_entries > 0)
+        pictures += load.spec.first_pictures if first else decoder.temporal_stride
+    sent += (ranks - 1) * block.decoded * decoder.attended_entries * rows * max(widths) * item
+    if rank > 0:
+        sent += 3 * pictures * decoder.spatial_stride**2 * rows * widths[rank] * item
+        calls += 1
+    return sent, calls
 
 
 # Plans
@@ -138,8 +186,8 @@ class RankPlan:
     """Ranks of one world, and worlds side by side.
 
     layout: its name, `one` for one GPU. memory: bytes of a rank. computing, sending, waiting: predicted milliseconds of
-    a steady block's passes; decoding: of its decoder, on one rank. sent: bytes that a rank sends in a block.
-    shard_weights: ranks divide the weights.
+    a steady block's passes; decoding: of its decoder, on all ranks where they divide it. sent: bytes that a rank sends
+    in a block's passes. shard_weights: ranks divide the weights.
     """
 
     layout: str
@@ -176,11 +224,15 @@ class RankPlan:
         return world if self.replicas == 1 else f"{self.replicas} x {world}"
 
 
-def rank_memory(load: Workload, grid: RankGrid, sessions: int, shard_weights: bool = False) -> int:
+def rank_memory(
+    load: Workload, grid: RankGrid, sessions: int, shard_weights: bool = False, decoders: int = 1
+) -> int:
     """Bytes of rank 0, which decodes: all weights, or its part and the largest whole, and its part of each page.
 
-    What a pass computes is divided too, where no rank gathers the queries of others.
+    What a pass computes is divided too, where no rank gathers the queries of others. decoders: ranks that decode.
     """
+    if grid.layers > 1:
+        load = replace(load, spec=replace(load.spec, num_layers=max(shares(load.spec.num_layers, grid.layers))))
     split, guide = planner.memory(load), load.preset.sampler.guide
     each, once = dict(split.each), dict(split.once)
     if grid.branches > 1:
@@ -196,20 +248,30 @@ def rank_memory(load: Workload, grid: RankGrid, sessions: int, shard_weights: bo
     for part in (once, each):
         for name in part.keys() & ({"pages", "page_buffer", "moving_sink"} | scratch):
             part[name] = -(-part[name] // grid.tiles)
+        for name in part.keys() & {"decode_scratch", "decoder_state"}:
+            part[name] = -(-part[name] // decoders)
     return sum(once.values()) + sessions * sum(each.values())
 
 
 def plans(load: Workload, gpus: int, memory: int, ceiling: Ceiling, link: Link) -> Iterator[RankPlan]:
-    """Every layout of `gpus` GPUs: replicas of one GPU, of all, and of each divisor between."""
+    """Every layout of `gpus` GPUs: replicas of one GPU, of all, and of each divisor between.
+
+    Divided weights, and ranks that hold layers, are listed where nothing else of as many ranks fits.
+    """
     parts = divided_of(load)
     for ranks in (count for count in range(1, gpus + 1) if gpus % count == 0):
-        grids = [parts.grid_of(layout, ranks) for layout in parts.layouts(ranks)] if ranks > 1 else [RankGrid()]
+        layouts = [layout for layout in parts.layouts(ranks) if layout != LAYERS]
+        grids = [parts.grid_of(layout, ranks) for layout in layouts] if ranks > 1 else [RankGrid()]
+        fit = False
         for grid in grids:
             assert grid is not None
             whole = plan(load, grid, gpus // ranks, memory, ceiling, link)
             yield whole
+            fit = fit or whole.fits
             if not whole.fits and grid.tiles > 1:
                 yield plan(load, grid, gpus // ranks, memory, ceiling, link, shard_weights=True)
+        if not fit and ranks > 1 and (grid := parts.grid_of(LAYERS, ranks)) is not None:
+            yield plan(load, grid, gpus // ranks, memory, ceiling, link)
 
 
 def plan(
@@ -228,15 +290,24 @@ def plan(
         return sum(costs.pass_flops(load.spec, load.tokens, run).total for run in runs_at(load, block, grid, place))
 
     sent = int(per_block(lambda block, place: block_bytes(load, block, grid, place, shard_weights)))
+    last = per_block(lambda block, place: block_bytes(load, block, grid, place, shard_weights, grid.layers - 1))
+    passed = sent + (grid.layers - 2) * (sent - last) if grid.layers > 1 else sent  # from rank to rank, one by one
     waits = per_block(lambda block, place: block_collectives(load, block, grid, place, shard_weights))
-    need = rank_memory(load, grid, -(-load.sessions // replicas), shard_weights)
+    decoders = decoder_ranks(load.spec, load.size, grid.ranks)
+    decoding = speed.decoder_seconds * 1e3
+    if decoders > 1:
+        parts = [decoding_sent(load, block, decoders, 1) for block in blocks]
+        moved, times = (sum(part) / len(blocks) for part in zip(*parts, strict=True))
+        decoding = (speed.encoder_seconds + (speed.decoder_seconds - speed.encoder_seconds) / decoders) * 1e3
+        decoding += moved / (link.bandwidth * 1e9) * 1e3 + times * link.latency / 1e3
+    need = rank_memory(load, grid, -(-load.sessions // replicas), shard_weights, decoders)
     return RankPlan(
         grid.layout or "one", grid.ranks, replicas, need, need <= memory,
         passes=per_block(lambda block, place: len(runs_at(load, block, grid, place))),
         computing=per_block(flops) / grid.tiles / (ceiling.tflops * EFFICIENCY * 1e12) * 1e3,
-        sending=sent / (link.bandwidth * 1e9) * 1e3,
+        sending=passed / (link.bandwidth * 1e9) * 1e3,
         waiting=waits * link.latency / 1e3,
-        decoding=speed.decoder_seconds * 1e3,
+        decoding=decoding,
         frames=speed.frames,
         sent=sent,
         shard_weights=shard_weights,
@@ -258,4 +329,8 @@ def choose(options: list[RankPlan], goal: str) -> tuple[RankPlan, str]:
     best = min(fitting, key=lambda option: (option.block, option.ranks))
     others = [option for option in fitting if option.ranks == 1]
     beside = f", {others[0].block / best.block:.2f} x as fast as one GPU" if others and best.ranks > 1 else ""
+    rest = [option for option in options if option.layout != LAYERS]
+    if best.layout == LAYERS and not any(option.fits for option in rest):
+        least = min(rest, key=lambda option: option.memory)
+        beside = f"; nothing else fits, the least of which, {least}, needs {least.memory / 1e9:.1f} GB a GPU"
     return best, f"{best}: the shortest block, {best.block:.0f} ms predicted{beside}"

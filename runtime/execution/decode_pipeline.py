@@ -34,7 +34,7 @@ class DecoderTrack:
     def __init__(self, vae: Decoder, rewind_blocks: int, zero_start: bool = False) -> None:
         if zero_start and not vae.zero_start:
             raise UsageError(
-                f"decoder_zero_start is true, but the decoder is a {type(vae).__name__}; use the full VAE, or leave "
+                f"decoder_zero_start is true, but the decoder is a {vae.name}; use the full VAE, or leave "
                 "decoder_zero_start out"
             )
         self.vae, self.rewind_blocks, self.zero_start = vae, rewind_blocks, zero_start
@@ -58,7 +58,7 @@ class DecoderTrack:
 
     def advance(self, latents: Tensor) -> Tensor:
         """Decode latents [F, C, h, w] to pixels [T, 3, H, W], without a checkpoint."""
-        begins, pixels = not self.state.history, self.vae.decode(latents, self.state)
+        begins, pixels = not self.state.begun, self.vae.decode(latents, self.state)
         if begins and self.zero_start and self.vae.zero_start:
             return pixels[self.vae.spec.temporal_stride - 1 :]
         return pixels
@@ -126,10 +126,11 @@ class DecoderTrack:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state and all checkpoints; shared tensors count once."""
-        states = [self.state, *(state for _, state in self.checkpoints)]
-        tensors = {id(tensor): tensor.nbytes for state in states for tensor in state.history.values()}
-        return sum(tensors.values())
+        """Bytes of the state and all checkpoints; what they share counts once."""
+        owned: dict[int, int] = {}
+        for state in (self.state, *(state for _, state in self.checkpoints)):
+            owned |= state.owned
+        return sum(owned.values())
 
 
 class DecodePipeline:

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ...errors import InferixError, UsageError, quoted
 from ...graphs.capture import CaptureBackend, CudaGraphs
-from ...graphs.lowered import STAGING, Lowered, with_pages, with_prompts, with_weights
+from ...graphs.lowered import STAGING, Lowered, with_pages, with_prompts, with_run, with_weights
+from ...graphs.paged_attention import PagedAttention
 from ...graphs.rewrites import chosen
-from ...graphs.shards import ALONE, Shard, run_on_tile
+from ...graphs.shards import ALONE, Shard, run_on_ranks
 from ...graphs.types import PROMPT_TABLE, name_in_set
-from ...kernels.spec import multiprocessors_of
+from ...kernels.spec import multiprocessors_of, using
 from ...models.cross_attention import TextByFrames
 from ...models.registry import family_of
 from ...models.transformer import FrameContext, KeyValues, TextContext, Transformer
@@ -30,11 +31,12 @@ from ...schemes.page_needs import branches, least_pages, page_needs, staging_slo
 from ...schemes.presets import Preset
 from ..capacity.planner import Workload, needed, suggestions
 from ..config import DTYPES, EngineConfig
-from ..executor_specs import REFERENCE, names_with
+from ..executor_specs import REFERENCE
 from ..kv.page_store import KV_DTYPES
 from ..programs.graph_builder import FRAME_CHANNELS, GraphBuilder, GraphKey, OnPages, lowered_graph, stores, tables
 from ..programs.graph_store import GraphStore
 from ..telemetry.profile import Profile
+from .dense_runs import DenseRuns
 from .launcher import Launcher, Loaded, NotEnoughMemory
 from .loading import Components
 from .lowp_reference import check_layers, with_packed_layers
@@ -99,11 +101,13 @@ class Executor(Protocol):
         seeds: Sequence[int],
         actions: Tensor | None,
         given: Frames | None = None,
+        before: tuple[Tensor, KeyValues] | None = None,
     ) -> Tensor:
         """Denoise blocks of B sessions to clean latents [B, F, C, H, W]; write keys and values to pages.
 
         shape: (C, H, W). Noise, at the start and between steps, is that of `PhiloxNoise` with each session's seed for
-        its absolute `frames`.
+        its absolute `frames`. before: latents of the blocks before and the pages of a first pass that commits them;
+        actions are those of both then, and a block's own commit is left to the next.
         """
 
     def refresh_derived_weights(self) -> None:
@@ -138,6 +142,7 @@ class EagerExecutor:
     ) -> None:
         self.model, self.plain, self.faster, self.shard = model, packed or model, faster, shard
         self.keep_frames = keep_frames
+        self.profile: Profile | None = None
         self.passes = faster(self.plain)
 
     def condition(self, rows: Tensor) -> TextContext:
@@ -175,10 +180,13 @@ class EagerExecutor:
             velocity: Tensor = self.passes(latents, timesteps, context, kv, actions, *more, **beside)
             return velocity
 
-        if self.shard.ranks == 1:
-            return run(latents, attention)
-        spec = self.model.spec
-        return run_on_tile(run, self.shard, spec.patch, spec.grid, latents, paged(attention))
+        def whole() -> Tensor:
+            if self.shard.runs_alone:
+                return run(latents, attention)
+            spec = self.model.spec
+            return run_on_ranks(run, self.shard, spec.patch, spec.grid, latents, paged(attention))
+
+        return whole() if self.profile is None else self.profile.observe(whole)
 
     def run_block(
         self,
@@ -189,6 +197,7 @@ class EagerExecutor:
         seeds: Sequence[int],
         actions: Tensor | None,
         given: Frames | None = None,
+        before: tuple[Tensor, KeyValues] | None = None,
     ) -> Tensor:
         raise AssertionError("eager runs pass by pass")
 
@@ -197,7 +206,7 @@ class EagerExecutor:
         self.passes = self.faster(self.plain)
 
     def start_profile(self, profile: Profile) -> None:
-        raise UsageError(f"executor {REFERENCE!r} cannot be profiled; use {names_with(lambda spec: spec.graphs)}")
+        self.profile = profile
 
     def bytes_by_owner(self) -> dict[str, int]:
         return {}
@@ -230,8 +239,8 @@ class GraphExecutor:
         lowp = config.precision_map
         if rewrites is None:
             left_out = [] if config.keeps_frames else ["hoist-frames"]
-            if "block_attention" in config.kernels:
-                left_out.append("split-keys")  # which would put another op in the place of the chosen form
+            if "block_attention" in config.kernels:  # these would put another op in the place of the chosen form
+                left_out += ["split-keys"] if "dense_attention" in config.kernels else ["dense-attention", "split-keys"]
             rewrites = tuple(chosen(["lowp"] if lowp else [], left_out))
         kv_dtype = None if config.kv_dtype in (None, config.dtype) else KV_DTYPES[config.kv_dtype]
         self.graph_of = GraphBuilder(
@@ -246,6 +255,7 @@ class GraphExecutor:
         }
         self.weights = 0  # number of the set that single passes run
         self.launcher = Launcher(weights, device, backend)
+        self.dense = DenseRuns(config.kernels.get("dense_attention"), device, "dense-attention" in rewrites)
         self.programs: dict[GraphKey, Lowered] = {}
         self.loaded: dict[GraphKey, Loaded] = {}
         self.store = None if config.graphs is None else GraphStore.open(Path(config.graphs), self.graph_of, create=True)
@@ -305,6 +315,7 @@ class GraphExecutor:
         seeds: Sequence[int],
         actions: Tensor | None,
         given: Frames | None = None,
+        before: tuple[Tensor, KeyValues] | None = None,
     ) -> Tensor:
         values = {
             "frames": torch.tensor([list(each) for each in frames], dtype=torch.int32),
@@ -312,6 +323,13 @@ class GraphExecutor:
         }
         pages = paged(attention)
         key = GraphKey.of((len(frames), len(frames[0]), *shape), pages, True, self.session_slots)
+        if before is not None:
+            assert given is None
+            latents, first = before[0], paged(before[1])
+            key = replace(key, commits_before=True)
+            values |= {"before": latents, **tables(key, first, "both")}
+            if actions is not None:
+                values["both.actions"], actions = actions, actions[:, latents.shape[1] :]
         return self.run(key, values, text, pages, actions, given)["latents"]
 
     def start_profile(self, profile: Profile) -> None:
@@ -339,6 +357,9 @@ class GraphExecutor:
         actions: Tensor | None,
         given: Frames | None,
     ) -> dict[str, Tensor]:
+        if (form := self.dense.form_for(attention)) is not None:
+            assert isinstance(attention, PagedAttention) and attention.run is not None
+            key = replace(key, run=attention.run)
         loaded = self.load(key, attention)
         inputs = {**values, **tables(key, attention), **self.prompt_inputs(loaded, sessions_of(text))}
         if actions is not None:
@@ -346,7 +367,8 @@ class GraphExecutor:
         if given is not None:
             assert isinstance(given, FrameInputs)
             inputs |= self.frame_inputs(loaded, given)
-        return self.launcher.run(loaded.body, inputs)
+        with using(**({} if form is None else {"dense_attention": form})):  # which a capture keeps
+            return self.launcher.run(loaded.body, inputs)
 
     def frame_inputs(self, loaded: Loaded, given: FrameInputs) -> dict[str, Tensor]:
         """The graph's inputs from the channels of a block's frames.
@@ -422,12 +444,13 @@ class GraphExecutor:
 
         A batch that finds its prompts by table has room for those of each session.
         """
-        least = replace(key, pages=least_pages(self.preset))
+        least = replace(key, pages=least_pages(self.preset), run=(0, key.run[1]) if key.run else ())
         if least not in self.programs:
             self.programs[least] = self.stored_or_traced(least)
         staging = state.get(STAGING)
         program = with_pages(self.programs[least], key.pages, None if staging is None else staging.shape[1])
         program = with_weights(program, self.weights) if self.weights else program
+        program = with_run(program, key.run[0]) if key.run else program
         return program if key.sessions == 1 else with_prompts(program, key.sessions * branches(self.preset))
 
     def stored_or_traced(self, key: GraphKey) -> Lowered:
@@ -446,7 +469,10 @@ class GraphExecutor:
         if page_needs(self.preset).context is None:
             return "give a window such as local_attn_size=21"
         kv_dtype = config.kv_dtype or config.dtype
-        load = Workload(spec, self.preset, self.decoder, 0, key.size(spec), config.dtype, kv_dtype)
+        on_gpu = config.device.startswith("cuda")
+        load = Workload(
+            spec, self.preset, self.decoder, 0, key.size(spec), config.dtype, kv_dtype, on_gpu=on_gpu
+        )
         smaller = suggestions(load, needed(load) - missing)
         fitting = [str(suggestion) for suggestion in smaller if suggestion.fits]
         return f"{'; or '.join(fitting)} would fit" if fitting else "no smaller window, size or dtype would fit"
@@ -536,7 +562,7 @@ def make_eager(config: EngineConfig, preset: Preset, parts: Components) -> Eager
     packed = None if precision is None else with_packed_layers(model, precision)
     if config.shard_weights:  # faster layers would keep the whole weights
         return EagerExecutor(model, shard=parts.shard, keep_frames=config.keeps_frames)
-    return EagerExecutor(model, packed, family_of(model.spec).on_cpu, parts.shard, config.keeps_frames)
+    return EagerExecutor(model, packed, family_of(model.spec).with_fast_layers, parts.shard, config.keeps_frames)
 
 
 def make_fused(config: EngineConfig, preset: Preset, parts: Components) -> GraphExecutor:

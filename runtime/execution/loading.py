@@ -184,7 +184,7 @@ def load_transformers(
         if number and tensors is sets[0]:
             made.append(made[0])
             continue
-        shards = family.weight_shards(checkpoint.spec, shard.weights)
+        shards = family.weight_shards(checkpoint.spec, shard.weights, shard.stage)
         one = replace(checkpoint, tensors=tensors)
         kind = DTYPES[config.dtype]
         made.append(

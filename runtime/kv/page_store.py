@@ -18,6 +18,7 @@ from ...graphs.paged_attention import PagedAttention
 from ...graphs.shards import ALONE, Shard
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.tables import PassTables
+from ...kernels.dense_attention.run import Run, run_of
 from ...kernels.kv_pages import LIMITS, kv_pages
 from ...kernels.qk_norm_rope_append import rope_cos_sin
 from ...models.rope import Rope
@@ -49,6 +50,11 @@ class PageForm:
         return tokens // self.shard.tokens.size, heads // self.shard.heads.size, self.spec.head_dim
 
     @property
+    def layers(self) -> int:
+        """Layers on one rank."""
+        return len(self.shard.stage.layers(self.spec.num_layers))
+
+    @property
     def whole(self) -> PageForm:
         """The page of all ranks, as sessions are saved."""
         return replace(self, shard=ALONE)
@@ -70,9 +76,9 @@ class PageForm:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a page: keys and values of one latent frame in all layers, and their scales."""
+        """Bytes of a page: keys and values of one latent frame in all layers of a rank, and their scales."""
         scales = self.shape[1] * torch.float32.itemsize if self.scaled else 0
-        return 2 * self.spec.num_layers * (self.slot_bytes(self.kv_dtype) // 2 + scales)
+        return 2 * self.layers * (self.slot_bytes(self.kv_dtype) // 2 + scales)
 
     def slot_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the keys and values of one latent frame in one layer."""
@@ -85,12 +91,16 @@ MAX_TABLES = 8  # layouts whose tables are kept: the branches of a few sessions
 
 @dataclass(frozen=True)
 class StoredTables:
-    """Tables of one pass. written, seen: as of `StagedAttention`. slots: of the staging buffer; 0 without one."""
+    """Tables of one pass. written, seen: as of `StagedAttention`. slots: of the staging buffer; 0 without one.
+
+    run: as of `PagedAttention`.
+    """
 
     parts: list[PassTables]
     written: tuple[Tensor, Tensor] | None
     seen: tuple[Tensor, Tensor] | None
     slots: int
+    run: Run | None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -101,7 +111,7 @@ class StoredTables:
         rest = iter(tensors)
         parts = [part.moved(rest) for part in self.parts]
         written, seen = (None if pair is None else (next(rest), next(rest)) for pair in (self.written, self.seen))
-        return StoredTables(parts, written, seen, self.slots)
+        return StoredTables(parts, written, seen, self.slots, self.run)
 
 
 class PagedStore:
@@ -144,7 +154,9 @@ class PagedStore:
         """
         tables, half_split = self._tables(layout, sessions), self.rope.half_split
         if not self.form.staged:
-            return PagedAttention(tables.parts, self.kv, self.rope_rows, self.rope_columns, half_split=half_split)
+            return PagedAttention(
+                tables.parts, self.kv, self.rope_rows, self.rope_columns, half_split=half_split, run=tables.run
+            )
         assert tables.written is not None
         return StagedAttention(
             tables.parts, self.kv, self.scales, self.slots(tables.slots), written=tables.written, seen=tables.seen,
@@ -175,7 +187,7 @@ class PagedStore:
         divided = [lists_of_rank(row, self.form.shard) for row in rows]
         width = padded_width(max(layout.width, *(len(row.listed) for row in divided)))
         parts = [self._part(layout.rotates_sink, part, width) for part in parts_of(divided)]
-        host = StoredTables(parts, written, seen, slots)
+        host = StoredTables(parts, written, seen, slots, full_run(layout))
         return host.moved(self.slots_of_tables.put(host.tensors))
 
     def _part(self, rotates_sink: bool, rows: list[GroupPages], width: int) -> PassTables:
@@ -276,7 +288,7 @@ class PagedStore:
         return out
 
     def _allocate(self, pages: int) -> tuple[list[Tensor], list[Tensor] | None]:
-        form, layers = self.form, self.form.spec.num_layers
+        form, layers = self.form, self.form.layers
         kv = torch.zeros(layers, 2, pages, *form.shape, dtype=form.kv_dtype, device=self.device).unbind()
         if not form.scaled:
             return list(kv), None
@@ -284,6 +296,18 @@ class PagedStore:
 
     def _stage(self, slots: int) -> Tensor:
         return torch.zeros(2, slots, *self.form.shape, dtype=self.form.model_dtype, device=self.device)
+
+
+def full_run(layout: PassLayout) -> Run | None:
+    """Pages that a pass of one group reads, where they are one run and all that its session will hold in the end.
+
+    None for any other pass, and where queries are rotated for a sink. The run of a window that still grows changes with
+    each block, so that a program which holds its addresses would be of use once.
+    """
+    row, *others = layout.rows
+    if others or row.head_lists or layout.rotates_sink or row.sinks or len(row.listed) != layout.width:
+        return None
+    return run_of(row.listed)
 
 
 def lists_of_rank(row: GroupPages, shard: Shard) -> GroupPages:

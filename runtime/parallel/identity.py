@@ -14,15 +14,17 @@ import torch
 from ...models.spec import ModelSpec
 from ...schemes.presets import Preset
 from ...version import __version__
+from ..programs.graph_store import card_of
 
 SAMPLES, SAMPLE = 64, 1 << 16  # parts of a file that are read, and bytes of each
 
 
-def identity(spec: ModelSpec, preset: Preset, files: Sequence[Path]) -> dict[str, Any]:
-    """Versions, sizes, preset and weights, as plain values."""
+def identity(spec: ModelSpec, preset: Preset, files: Sequence[Path], device: torch.device) -> dict[str, Any]:
+    """Versions, kind of device, sizes, preset and weights, as plain values."""
     values = {
         "inferix": __version__,
         "torch": torch.__version__,
+        "device": card_of(device),
         "model": asdict(spec),
         "preset": {key: value for key, value in asdict(preset).items() if key != "about"},
         "checkpoint": [sampled(path) for path in files],

@@ -28,7 +28,7 @@ from ...models.decoder import DecoderSpec
 from ...models.spec import ModelSpec
 from ...schemes.layouts import RankGrid, choose_layout
 from ...schemes.presets import Preset
-from ..capacity.rank_planner import divided
+from ..capacity.rank_planner import decoder_ranks, divided
 from ..config import EngineConfig
 from ..execution.loading import Components, SizeCheck
 from ..worker import LocalWorker
@@ -92,14 +92,15 @@ class Start:
             raise UsageError(f"{message}; ranks take GPUs 0, 1, ...: use cuda")
         self.check(spec, decoder, text, fast, made_on_host, files)
         size = self.size or spec.default_size
+        together = decoder_ranks(spec, size, config.gpus, config.shard_decoder) > 1
         grid = choose_layout(divided(spec, size, self.preset.sampler.guide), config.gpus, config.parallel)
         if grid.tokens > 1 and config.kv_dtype not in (None, config.dtype):
             raise UsageError(
                 f"kv_dtype is {quoted(config.kv_dtype)} with parallel={grid.layout}, whose pages have the model's "
                 "dtype; leave kv_dtype out, or use parallel=ulysses"
             )
-        mine = identity(spec, self.preset, files)
-        self.world = start(self.config, grid, mine, self.name, self.settings, self.offline)
+        mine = identity(spec, self.preset, files, torch.device(config.device))
+        self.world = start(self.config, grid, together, mine, self.name, self.settings, self.offline)
         return self.world.shard
 
     def close(self) -> None:
@@ -110,6 +111,7 @@ class Start:
 def start(
     config: EngineConfig,
     grid: RankGrid,
+    decode_together: bool,
     mine: Mapping[str, Any],
     preset: str | None,
     settings: Mapping[str, Any],
@@ -117,8 +119,9 @@ def start(
 ) -> World:
     """Start `config.gpus` - 1 ranks, or join them, and have them load what this one loads.
 
-    mine: what this rank loads, see `identity`. preset and settings: arguments of `load`. RankFailed or UsageError,
-    naming the rank, where one cannot load or has other weights or versions.
+    decode_together: each decodes some columns of a picture. mine: what this rank loads, see `identity`. preset and
+    settings: arguments of `load`. RankFailed or UsageError, naming the rank, where one cannot load or has other weights
+    or versions.
     """
     ranks, place = config.gpus, Place.of()
     number = next(WORLDS)
@@ -146,6 +149,7 @@ def start(
         setup = {
             "config": shared, "grid": asdict(grid), "settings": dict(settings), "preset": preset, "offline": offline,
             "name": f"{number}", "timeout": COLLECTIVE * config.rank_timeout, "threads": threads,
+            "decode_together": decode_together,
         }  # fmt: skip
         try:
             peers.send(lambda peer: Message("setup", setup))
@@ -155,14 +159,15 @@ def start(
             if (differing := difference(mine, reply.values["identity"])) is not None:
                 what, here, there = differing
                 raise UsageError(
-                    f"{peer} has {what} {quoted(there)}, and rank 0 has {quoted(here)}; give all ranks the same files "
-                    "and versions"
+                    f"{peer} has {what} {quoted(there)}, and rank 0 has {quoted(here)}; give all ranks the same files, "
+                    "versions and kind of GPU"
                 )
         peers.send(lambda peer: Message("go"))
         limit = COLLECTIVE * config.rank_timeout
         group, shard = join_grid(
-            store, place, grid, f"{number}", torch.device(config.device), limit, config.shard_weights
-        )
+            store, place, grid, f"{number}", torch.device(config.device), limit, config.shard_weights,
+            decode_together,
+        )  # fmt: skip
     except BaseException:
         peers.close()
         raise

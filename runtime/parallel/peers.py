@@ -20,6 +20,7 @@ from ...kernels.collectives import RankGroup
 from .messages import Connection, Message
 
 LOOK = 0.1  # seconds between looks for ranks that hang
+STUCK = 1.0  # seconds in a collective, after which a rank counts as waiting for one that has failed
 GRACE = 0.5  # seconds for a rank to end by itself, and for a collective to end after a rank's error
 
 
@@ -27,7 +28,8 @@ GRACE = 0.5  # seconds for a rank to end by itself, and for a collective to end 
 class Peer:
     """A rank other than 0. process: where it is a child of this process. seen: time of the last message.
 
-    waits: True while it waits in a collective. done: number of plans it has finished. errors: by number of a plan.
+    waits: since when it waits in a collective, by its beats; None while it does not. done: number of plans it has
+    finished. errors: by number of a plan.
     """
 
     rank: int
@@ -36,7 +38,7 @@ class Peer:
     host: str
     process: subprocess.Popen[bytes] | None = None
     seen: float = field(default_factory=time.monotonic)
-    waits: bool = False
+    waits: float | None = None
     done: int = 0
     replies: deque[Message] = field(default_factory=deque)
     errors: dict[int, str] = field(default_factory=dict)
@@ -104,10 +106,15 @@ class Peers:
 
     def all_failed(self) -> bool:
         """True if the plan that rank 0 failed at fails on every rank, so that all are where they were before it."""
-        number = self.ran + 1
-        if not self.wait_for(lambda peer: peer.done >= number or number in peer.errors, self.timeout):
-            return False
-        return all(number in peer.errors for peer in self.peers)
+        number, now = self.ran + 1, time.monotonic()
+        begun, end = now, now + self.timeout
+        while now < end:
+            if self.wait_for(lambda peer: peer.done >= number or number in peer.errors, LOOK):
+                return all(number in peer.errors for peer in self.peers)
+            now = time.monotonic()
+            if any(peer.waits is not None and now - max(peer.waits, begun) > STUCK for peer in self.peers):
+                return False  # it waits for rank 0, which will not come
+        return False
 
     def failed_together(self) -> None:
         """Note that a plan has failed on every rank."""
@@ -178,7 +185,7 @@ class Peers:
         with self.changed:
             peer.seen = time.monotonic()
             if message.kind == "beat":
-                peer.waits = bool(values["waits"])
+                peer.waits = (peer.waits or peer.seen) if values["waits"] else None
             elif message.kind == "done":
                 peer.done = int(values["number"])
             elif message.kind == "error":
@@ -221,7 +228,7 @@ class Peers:
         if late and now - self.ran_at > self.timeout:
             return f"{late[0]} has not finished a pass for {self.timeout:g} s: it hangs"
         if waited > self.timeout:
-            busy = [peer for peer in self.peers if not peer.waits]
+            busy = [peer for peer in self.peers if peer.waits is None]
             who = busy[0] if busy else "no rank, since all wait for each other,"
             return f"{who} has not come to a collective for {self.timeout:g} s: it hangs"
         return None

@@ -141,16 +141,18 @@ def load_worker(place: Place, store: Any, inbox: Inbox) -> LocalWorker:
         spec: ModelSpec, decoder: DecoderSpec, text: int, fast: DecoderSpec | None, made_on_host: bool,
         files: Sequence[Path] = (),
     ) -> Shard:  # fmt: skip
-        inbox.send(Message("reply", {"identity": identity(spec, preset, files)}))
+        inbox.send(Message("reply", {"identity": identity(spec, preset, files, torch.device(config.device))}))
         inbox.next("go")
         grid, device = RankGrid(**setup["grid"]), torch.device(config.device)
         inbox.group, shard = join_grid(
-            store, place, grid, setup["name"], device, setup["timeout"], config.shard_weights
+            store, place, grid, setup["name"], device, setup["timeout"], config.shard_weights,
+            setup["decode_together"],
         )
         return shard
 
     parts = load_parts(config, preset, setup["preset"], agree, offline=setup["offline"], text_prompts=False)
-    parts = replace(parts, vae=parts.vae.to("meta"), fast_vae=None)  # rank 0 decodes
+    vae = parts.vae if setup["decode_together"] else parts.vae.to("meta")  # rank 0 decodes, and encodes
+    parts = replace(parts, vae=vae, fast_vae=None)
     worker = LocalWorker(config, preset, parts)
     inbox.send(Message("reply", {"ready": True}))
     return worker

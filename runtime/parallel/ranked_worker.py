@@ -15,18 +15,23 @@ from torch import Tensor
 
 from ...errors import RankFailed
 from ...graphs.shards import Shard
+from ...graphs.tiles import shares
 from ...kernels.collectives import CollectiveFailed, RankGroup
+from ...models.column_decoder import divided_columns
 from ..execution.executors import Executor
 from ..plans import (
     CloseStore,
+    Decode,
     Grid,
     GuidedPass,
     PassPlan,
     Plan,
+    ReadDecoding,
     ReadHost,
     ReadPages,
     ReadSink,
     Release,
+    SetDecoding,
     SetSink,
     WritePages,
     encode_plan,
@@ -35,9 +40,9 @@ from ..worker import LocalWorker
 from .messages import Message
 from .peers import Peer, Peers
 
-GIVES = (ReadPages, ReadHost, ReadSink)  # plans whose tensors are joined from all ranks
+GIVES = (ReadPages, ReadHost, ReadSink, ReadDecoding)  # plans whose tensors are joined from all ranks
 TAKES = (WritePages, SetSink)  # plans whose tensors are divided among the ranks
-PASSES = (PassPlan, GuidedPass)  # plans whose tensors are the same on all ranks, and on their device
+PASSES = (PassPlan, GuidedPass, Decode)  # plans whose tensors are the same on all ranks, and on their device
 OF_THE_END = (Release, CloseStore)  # plans that have nothing to do once the ranks have ended
 
 
@@ -76,7 +81,7 @@ class RankedWorker:
         values, encoded = {"number": number, "shapes": shapes if moved else [], "place": place}, encode_plan(plan)
         try:
             self.peers.send(
-                lambda peer: Message("plan", values, encoded, () if moved else tuple(parts[self.rank_of(peer)]))
+                lambda peer: Message("plan", values, encoded, () if moved else tuple(self.part_of(peer, parts)))
             )  # fmt: skip
             if moved:
                 for tensor in parts[0]:
@@ -98,15 +103,12 @@ class RankedWorker:
             raise
         self.peers.finished()
         if isinstance(plan, GIVES):
-            replies = [result, *(list(message.tensors) for message in self.peers.replies())]
-            first = (place or 0) * self.shard.ranks  # without a place, a plan gives the tensors of all ranks
-            own = replies[first : first + self.shard.ranks]
-            return [self.joined(plan.grid, per_rank) for per_rank in zip(*own, strict=True)]
+            return self.whole(plan, [result, *(list(message.tensors) for message in self.peers.replies())], place)
         return result
 
-    def rank_of(self, peer: Peer) -> int:
-        """Number of a rank among those of its branches of guidance."""
-        return peer.rank % self.shard.ranks
+    def part_of(self, peer: Peer, parts: Sequence[list[Tensor]]) -> list[Tensor]:
+        """The part of a rank, of one for each rank or for each rank of a branch of guidance."""
+        return parts[peer.rank % len(parts)]
 
     def collected(self, plan: GuidedPass, latents: Tensor, own: Sequence[Tensor]) -> list[Tensor]:
         """Velocities of all branches, by their order in the plan, of which this rank has some.
@@ -125,11 +127,30 @@ class RankedWorker:
         return velocities
 
     def divided(self, plan: Plan, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The tensors that each rank takes, by its number among those of its branches."""
+        """The tensors that each rank takes, by its number among all, or among those of its branches."""
+        if isinstance(plan, SetDecoding):
+            ranks = self.shard.columns.size
+            columns = [divided_columns(tensor, plan.columns, ranks) for tensor in tensors]
+            return [[parts[rank].contiguous() for parts in columns] for rank in range(ranks)]
+        if isinstance(plan, TAKES) and (stage := self.shard.stage).size > 1:
+            by_layer = [tensor.split(shares(len(tensor), stage.size)) for tensor in tensors]
+            return [[parts[rank].contiguous() for parts in by_layer] for rank in range(stage.size)]
         if isinstance(plan, TAKES):
             per_tensor = [divided(tensor, self.shard, plan.grid) for tensor in tensors]
             return [[parts[rank] for parts in per_tensor] for rank in range(self.shard.ranks)]
         return [[tensor.contiguous() for tensor in tensors]] * self.shard.ranks
+
+    def whole(self, plan: Plan, replies: Sequence[list[Tensor]], place: int | None) -> list[Tensor]:
+        """The tensors that a plan gives, from those of each rank."""
+        if isinstance(plan, ReadDecoding):
+            (slots, *_), *_ = replies
+            return [slots, *(on_one(parts, -1) for parts in zip(*(own[1:] for own in replies), strict=True))]
+        if self.shard.stage.size > 1:
+            return [on_one(parts, 0) for parts in zip(*replies, strict=True)]
+        assert isinstance(plan, ReadPages | ReadHost | ReadSink)
+        first = (place or 0) * self.shard.ranks  # without a place, a plan gives the tensors of all ranks
+        own = replies[first : first + self.shard.ranks]
+        return [self.joined(plan.grid, parts) for parts in zip(*own, strict=True)]
 
     def joined(self, grid: Grid, parts: Sequence[Tensor]) -> Tensor:
         return joined([part.to(parts[0].device) for part in parts], self.shard, grid)
@@ -148,6 +169,11 @@ class BranchRanks:
 
     def execute(self, plan: Plan, tensors: Sequence[Tensor] = ()) -> list[Tensor]:
         return self.ranked.execute(plan, tensors, self.place)
+
+
+def on_one(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Parts of all ranks along a dimension, as one tensor on the device of the first."""
+    return torch.cat([part.to(parts[0].device) for part in parts], dim=dim)
 
 
 def divided(pages: Tensor, shard: Shard, grid: Grid) -> list[Tensor]:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ...errors import InferixError, UsageError, quoted
-from ...graphs.shards import Axis, Shard
+from ...graphs.shards import Axis, Shard, Stage
 from ...kernels.collectives import RankGroup, add_group
 from ...schemes.layouts import RankGrid
 
@@ -109,15 +109,15 @@ def join_group(store: dist.TCPStore, place: Place, name: str, device: torch.devi
 
 def join_grid(
     store: dist.TCPStore, place: Place, grid: RankGrid, name: str, device: torch.device, timeout: float,
-    shard_weights: bool = False,
+    shard_weights: bool = False, shard_decoder: bool = False,
 ) -> tuple[RankGroup, Shard]:  # fmt: skip
     """The group of all ranks, and this rank's part of every pass, with the groups that it communicates in.
 
-    shard_weights: ranks of a pass divide the weights.
+    shard_weights: ranks of a pass divide the weights. shard_decoder: all ranks divide the decoded pictures.
     """
     whole = join_group(store, place, name, device, timeout)
     tile, head = place.rank % grid.tiles, place.rank % grid.heads
-    branch, token = place.rank // grid.tiles, tile // grid.heads
+    branch, token = place.rank // (grid.tiles * grid.layers), tile // grid.heads
 
     def number(part: str, rank: int, ranks: int) -> int:
         """Number of the group of some ranks, of which this is `rank`."""
@@ -130,6 +130,16 @@ def join_grid(
     heads = group if grid.heads == grid.tiles else number(f"heads/{branch}/{token}", head, grid.heads)
     tokens = group if grid.tokens == grid.tiles else number(f"tokens/{branch}/{head}", token, grid.tokens)
     weights = Axis(grid.tiles, tile, group) if shard_weights else Axis()
+    stage = Stage()
+    if grid.layers > 1:
+        after, before = place.rank < grid.layers - 1, place.rank > 0
+        given = number(f"layers/{place.rank - 1}", 1, 2) if before else 0
+        stage = Stage(
+            grid.layers, place.rank, given, number(f"layers/{place.rank}", 0, 2) if after else 0, add_group(whole)
+        )
+    every = max(group if grid.tiles == place.ranks else 0, stage.group) or add_group(whole)
+    columns = Axis(place.ranks, place.rank, every) if shard_decoder else Axis()
     return whole, Shard(
-        Axis(grid.heads, head, heads), Axis(grid.tokens, token, tokens), group, Axis(grid.branches, branch), weights
-    )
+        Axis(grid.heads, head, heads), Axis(grid.tokens, token, tokens), group, Axis(grid.branches, branch), weights,
+        columns, stage, every,
+    )  # fmt: skip

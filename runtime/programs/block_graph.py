@@ -17,7 +17,7 @@ from ...errors import UsageError
 from ...graphs.compose import chained
 from ...graphs.paged_attention import PagedAttention
 from ...graphs.passes import Pass
-from ...graphs.shards import ALONE, NONE, Axis, OnPages, Shard, run_on_tile
+from ...graphs.shards import ALONE, NONE, WHOLE, Axis, OnPages, Shard, Stage, run_on_ranks
 from ...graphs.staged_attention import StagedAttention
 from ...graphs.tables import PassTables
 from ...graphs.trace import fake_model, trace
@@ -95,13 +95,14 @@ class ModelPass(nn.Module):
             PassTables(**{what: values.get(layout.table(part, what)) for what in TABLES})  # type: ignore[arg-type]
             for part in range(len(layout.parts))
         ]
-        kv = [values[f"kv.{index}"] for index in range(spec.num_layers)]
+        layers = range(len(self.shard.stage.layers(spec.num_layers)))
+        kv = [values[f"kv.{index}"] for index in layers]
         rope = values["rope_rows"], values["rope_columns"]
         attention: OnPages = PagedAttention(parts, kv, *rope, half_split=self.half_split)
         if layout.slots:
             slots, pages = (values[f"{layout.tables}.{what}"] for what in WRITTEN)
             seen = [values[name] for what in SEEN if (name := f"{layout.tables}.{what}") in values]
-            scales = [values[f"scale.{index}"] for index in range(spec.num_layers)] if "scale.0" in values else None
+            scales = [values[f"scale.{index}"] for index in layers] if "scale.0" in values else None
             written, through = (slots, pages), (seen[0], seen[1]) if seen else None
             attention = StagedAttention(
                 parts, kv, scales, values["staging"], written, through, *rope, half_split=self.half_split
@@ -120,10 +121,7 @@ class ModelPass(nn.Module):
             result: Tensor = self.model(latents, timesteps, text, kv, actions, *more, **beside)
             return result
 
-        if self.shard.ranks == 1:
-            velocity = run(rows, attention)
-        else:
-            velocity = run_on_tile(run, self.shard, spec.patch, spec.grid, rows, attention)
+        velocity = run_on_ranks(run, self.shard, spec.patch, spec.grid, rows, attention)
         if count > 1:
             velocity = guided(self.guidance, dict(enumerate(velocity.split(len(x)))), [0.0])
         return {"velocity": velocity}
@@ -206,6 +204,7 @@ class PassSource:
     """Arguments that the trace of a pass depends on besides its layout and shapes.
 
     family: since another family may be registered under the same name. weights: ranks that divide the weights.
+    stage: of ranks that hold layers.
     """
 
     family: Family
@@ -214,6 +213,7 @@ class PassSource:
     dtype: torch.dtype
     device: str
     weights: Axis = NONE
+    stage: Stage = WHOLE
 
 
 @lru_cache(maxsize=8)
@@ -222,7 +222,7 @@ def fake_transformer(source: PassSource) -> Transformer:
 
     def make() -> Transformer:
         model = source.family.build(source.spec, source.precision)
-        if (shards := source.family.weight_shards(source.spec, source.weights)) is not None:
+        if (shards := source.family.weight_shards(source.spec, source.weights, source.stage)) is not None:
             shards.divide(model)
         return model
 
@@ -326,7 +326,7 @@ class BlockGraphBuilder:
         self.shard = shard
         self.form = PageForm(spec, self.grid, dtype, kv_dtype or dtype, shard)
         self.slots = (slots or self.rows * (self.max_pages + frames)) if self.form.staged else 0
-        self.source = PassSource(family_of(spec), spec, precision, dtype, device, shard.weights)
+        self.source = PassSource(family_of(spec), spec, precision, dtype, device, shard.weights, shard.stage)
         self.model = fake_transformer(self.source)
 
     def build(self) -> BlockGraph:
@@ -473,7 +473,7 @@ class BlockGraphBuilder:
 
     def pages_of(self, layout: Layout) -> list[Value]:
         """Page tensors of all layers; for staged pages also the staging buffer and its slot lists."""
-        form, layers = self.form, range(self.spec.num_layers)
+        form, layers = self.form, range(self.form.layers)
         stores: list[tuple[str, tuple[int, ...], torch.dtype]] = []
         stores += [(f"kv.{index}", (2, self.pages, *form.shape), form.kv_dtype) for index in layers]
         if form.scaled:

@@ -54,7 +54,7 @@ def plan_block(preset: Preset, fuse_commit: bool = False) -> list[PlannedPass]:
     rebuilds = [block.rebuild for block in blocks if block.rebuild is not None]
     passes = [planned_pass(preset, scheduled) for scheduled in blocks[full].passes if scheduled.kind != "rebuild"]
     passes = with_shared_tables(passes)
-    if fuse_commit:
+    if fuse_commit and not preset.context.commit_in_next:
         passes = fused(preset, passes, blocks[full - 1])
     extra = [blocks[full].recache, *rebuilds[-1:]]
     return [*(planned_pass(preset, scheduled) for scheduled in extra if scheduled is not None), *passes]
@@ -90,9 +90,10 @@ def planned_pass(preset: Preset, scheduled: ScheduledPass) -> PlannedPass:
         return PlannedPass("commit", run, ("latents" if single else "clean",), tables)
     step = scheduled.steps[-1]  # of the newest block: passes between two joins differ by it
     name = f"denoise {step}" if preset.steps_between_joins > 1 else "denoise"
+    name = name if scheduled.committed is None or not single else f"commit + {name}"
     finished = () if scheduled.committed is None else ("before" if single else "clean",)
     lead = 0 if scheduled.committed is None else len(scheduled.committed.frames)
-    tables = "block" if single else "joint"
+    tables = ("block" if scheduled.committed is None else "both") if single else "joint"
     if preset.context.noise2clean_kvrange and preset.steps_between_joins > 1:
         tables = f"{tables}.{step}"
     latents = (*finished, *latent_names(len(scheduled.blocks)))

@@ -19,7 +19,7 @@ from ...graphs.rewrites import EVERY_LAYER, rewritten
 from ...graphs.rewrites.lowp import PrecisionMap
 from ...graphs.shards import ALONE, OnPages, Shard
 from ...graphs.staged_attention import StagedAttention
-from ...graphs.types import PROMPT_TABLE, BlockGraph, GraphShape, PassGraph, Role, Value, When
+from ...graphs.types import PROMPT_TABLE, BlockGraph, GraphShape, PassGraph, Role, Runs, Value, When
 from ...models.family import Family
 from ...models.registry import family_of
 from ...models.spec import ModelSpec
@@ -39,7 +39,9 @@ class GraphKey:
     session. latent: [F, C, H, W]. width: columns of the page table, rounded up so that a growing window seldom needs a
     new graph. pages: size of the store. slots: frames that pass through the staging buffer at most; 0 where pages have
     the model's dtype. texts: (text, frames) where frames follow different texts, else empty. head_groups: lists of
-    pages of a row, one for each group of heads; 0 for one list. sessions: in the batch.
+    pages of a row, one for each group of heads; 0 for one list. sessions: in the batch. run: the first page and the
+    number of pages of every list, for a program that holds their addresses; empty for one that reads the lists.
+    commits_before: the first pass of a whole block commits the block before, whose latents are given.
     """
 
     whole: bool
@@ -52,6 +54,8 @@ class GraphKey:
     texts: tuple[tuple[int, int], ...] = ()
     head_groups: int = 0
     sessions: int = 1
+    run: tuple[int, ...] = ()
+    commits_before: bool = False
 
     @classmethod
     def of(
@@ -121,26 +125,32 @@ class GraphBuilder:
         """Build the graph of a key with `texts` rows of a text."""
         builder = self.builder(key, texts)
         if key.whole:
-            passes = tuple(builder.one(planned) for planned in builder.planned if planned.tables == "block")
-            return self.rewritten(self.block(key, builder, (builder.noise(), *passes), ("latents",)))
+            committed = self.preset.context.commit_in_next  # by the next block, or by itself
+            planned = [planned for planned in builder.planned if planned.runs is Runs.BLOCK]
+            passes = tuple(builder.one(planned) for planned in planned if planned.steps or not committed)
+            return self.rewritten(key, self.block(key, builder, (builder.noise(), *passes), ("latents",)))
         shape = builder.timesteps_shape(key.latent[0])
         timesteps = Value("timesteps", Role.INPUT, shape, torch.float32, When.PASS)
         graph = chained("pass", builder.model_pass(key.layout), None, {"timesteps": timesteps})
-        return self.rewritten(self.block(key, builder, (graph,), ("velocity",)))
+        return self.rewritten(key, self.block(key, builder, (graph,), ("velocity",)))
 
-    def rewritten(self, block: BlockGraph) -> BlockGraph:
-        return rewritten(block, self.rewrites, self.lowp or EVERY_LAYER, self.multiprocessors)
+    def rewritten(self, key: GraphKey, block: BlockGraph) -> BlockGraph:
+        run = (key.run[0], key.run[1]) if key.run else None
+        return rewritten(block, self.rewrites, self.lowp or EVERY_LAYER, self.multiprocessors, run)
 
     def builder(self, key: GraphKey, texts: int) -> BlockGraphBuilder:
         preset, size = self.preset, key.size(self.spec)
         if key.whole:
-            preset = replace(preset, num_frame_per_block=key.latent[0], independent_first_frame=False)
+            context = replace(preset.context, commit_in_next=False)
+            preset = replace(
+                preset, num_frame_per_block=key.latent[0], independent_first_frame=False, context=context
+            )
         else:  # guidance joins the velocities of its branches outside of them
             alone = replace(preset.sampler, guidance_scale=1.0, guidance=None, boundary_ratio=0.0)
             preset = replace(preset, sampler=alone)
         builder = BlockGraphBuilder(
             self.spec, preset, size, self.dtype, self.device, self.precision, key.sessions, key.pages,
-            kv_dtype=self.kv_dtype, slots=key.slots, shard=self.shard, texts=texts,
+            fuse_commit=key.commits_before, kv_dtype=self.kv_dtype, slots=key.slots, shard=self.shard, texts=texts,
             timesteps=1 if key.whole else key.sessions,
         )  # fmt: skip
         builder.max_pages = key.width
@@ -203,13 +213,15 @@ def stores(attention: OnPages) -> dict[str, Tensor]:
     return named | ({"staging": attention.staging} if isinstance(attention, StagedAttention) else {})
 
 
-def tables(key: GraphKey, attention: OnPages) -> dict[str, Tensor]:
-    """Tables of a pass by their names in its graph."""
+def tables(key: GraphKey, attention: OnPages, prefix: str = "block") -> dict[str, Tensor]:
+    """Tables of a pass by their names in its graph, which begin with `prefix`."""
     named = {"rope_rows": attention.rope_rows, "rope_columns": attention.rope_columns}
+    parts = tuple((part.rows // key.sessions, part.frames) for part in attention.parts)
+    layout = replace(key.layout, parts=parts, tables=prefix)
     for index, part in enumerate(attention.parts):
         for what in TABLES:
             if (tensor := getattr(part, what)) is not None:
-                named[key.layout.table(index, what)] = tensor
+                named[layout.table(index, what)] = tensor
         assert part.page_table.shape[-1] == key.width, (part.page_table.shape, key.width)
     if isinstance(attention, StagedAttention):
         lists = dict(zip(WRITTEN, attention.written, strict=True))
@@ -219,5 +231,5 @@ def tables(key: GraphKey, attention: OnPages) -> dict[str, Tensor]:
                 pages = F.pad(pages, (0, key.slots - len(pages)))
                 slots = torch.arange(key.slots, dtype=slots.dtype, device=slots.device)
             lists |= dict(zip(SEEN, (pages, slots), strict=True))
-        named |= {f"{key.layout.tables}.{what}": tensor for what, tensor in lists.items()}
+        named |= {f"{prefix}.{what}": tensor for what, tensor in lists.items()}
     return named

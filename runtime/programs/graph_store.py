@@ -26,7 +26,7 @@ from ...version import __version__
 from ..files import write_atomically
 from .graph_builder import GraphBuilder, GraphKey, lowered_graph
 
-FORMAT = 7
+FORMAT = 8
 IDENTITY = "identity.json"
 KERNELS = "triton"
 
@@ -167,7 +167,7 @@ def load_program(path: Path) -> tuple[GraphKey, Lowered]:
 def key_of(data: dict[str, Any]) -> GraphKey:
     """Graph key from the plain values of its file."""
     pairs = {name: tuple((one, other) for one, other in data[name]) for name in ("parts", "texts")}
-    return GraphKey(**{**data, **pairs, "latent": tuple(data["latent"])})
+    return GraphKey(**{**data, **pairs, "latent": tuple(data["latent"]), "run": tuple(data["run"])})
 
 
 def difference(stored: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:

@@ -47,10 +47,14 @@ class KeyCollector:
             table.set_window(())
         if (frames := scheduled.window) is not None:
             table.set_window(frames)
+        if whole and scheduled.committed is not None:
+            layout_pass(scheduled.run, table, self.policy.moving_positions, self.policy.sink_size)
+            self.add_pass(table, scheduled.own, whole, commits_before=True)
+            return
         for run in scheduled.branch_runs(self.guidance).values():
             self.add_pass(table, run, whole)
 
-    def add_pass(self, table: PageTable, run: Pass, whole: bool) -> None:
+    def add_pass(self, table: PageTable, run: Pass, whole: bool, commits_before: bool = False) -> None:
         """Add the key of a pass as one branch runs it."""
         rows = layout_pass(run, table, self.policy.moving_positions, self.policy.sink_size)
         listed = max(table.room, *(len(row.listed) for row in rows))
@@ -64,6 +68,7 @@ class KeyCollector:
             slots=self.slots,
             texts=run.mixed_texts,
             head_groups=len(run.groups[0].head_contexts),
+            commits_before=commits_before,
         )
         for count in self.batches:
             self.keys[replace(key, sessions=count, slots=count * key.slots)] = None

@@ -77,8 +77,11 @@ class Delivery:
     def delivers_beside(self, session: Session, show: bool) -> bool:
         """True if the decoder's thread delivers the blocks of a session while the next ones are made.
 
-        To show, where decoding there is faster; else where the engine's thread would wait for the device.
+        To show, where decoding there is faster; else where the engine's thread would wait for the device. Ranks that
+        decode together do so between two passes.
         """
+        if self.resources.parts.shard.columns.size > 1:
+            return False
         beside = self.pipeline.beside if show else self.pipeline.stream is not None
         return beside and not session.current.preset.context.needs_pixels
 

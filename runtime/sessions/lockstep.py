@@ -27,7 +27,8 @@ class ForwardRequest:
 
     given: what the frames are given beside their latents; None for a model that takes nothing.
     prompts: by the number of a text, where blocks in flight follow others than the branch's. whole: not the pass
-    alone but all steps and the commit of its block, which have its pages and positions.
+    alone but all steps and the commit of its block, which have its pages and positions. before: the first pass of a
+    whole block, where it commits the block before; then latents are of that block, and actions of both.
     """
 
     branch: Branch
@@ -37,6 +38,7 @@ class ForwardRequest:
     given: Handle | None = None
     prompts: Mapping[int, Handle] = field(default_factory=dict)
     whole: WholeBlock | None = None
+    before: Pass | None = None
 
     @property
     def batch_key(self) -> Hashable:
@@ -47,7 +49,7 @@ class ForwardRequest:
         """
         groups = tuple((len(group.frames), len(group.head_contexts)) for group in self.run.groups)
         shape, run = tuple(self.latents.shape), self.run
-        kind = run.mixed_texts, run.condition, run.weights, self.whole is not None
+        kind = run.mixed_texts, run.condition, run.weights, self.whole is not None, self.before is not None
         return id(self.branch.cache.store), shape, groups, kind
 
     @property

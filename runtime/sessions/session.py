@@ -13,13 +13,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...errors import AtCapacity, SessionEnded, UsageError
+from ...errors import AtCapacity, SessionEnded, UsageError, quoted
 from ...models.text.umt5 import load_prompt_embeds
 from ...schemes.actions import check_action
 from ...schemes.camera import RATES, CameraMove, Poses, checked_poses
@@ -28,6 +28,7 @@ from ..arguments import embeddings, flag, integer, optional
 from ..engine_condition import EngineCondition
 from ..kv.paged_cache import PagedCache
 from ..limits import Limits
+from ..live_video import pictures_of_block
 from ..resources import Resources
 from ..telemetry.drift_meter import DriftMeter
 from ..telemetry.records import BlockRecord, Stopwatch
@@ -74,7 +75,8 @@ class SessionServices(Protocol):
     def is_waiting(self, session: Session) -> bool: ...
     def fork(self, session: Session) -> Session: ...
     def rewind(self, session: Session, block: int) -> None: ...
-    def save(self, session: Session, path: Path) -> None: ...
+    def feed(self, session: Session, pictures: NDArray[np.uint8]) -> None: ...
+    def save(self, session: Session, path: Path, note: str | None = None) -> None: ...
     def restore(self, path: Path) -> Session: ...
     def close(self, session: Session) -> None: ...
 
@@ -108,6 +110,7 @@ class Session:
         self.paused_by: int | None = None  # the thread that asked for the last pause
         self.decode_error: Exception | None = None  # raised in the decoder's thread
         self.ready_since: float | None = None
+        self.range: Any = None  # its handle on a profiler's timeline
         self.record = BlockRecord(self.id, -1, Stopwatch(manager.resources.device))
         metered = manager.resources.config.drift_meter
         self.drift_meter = DriftMeter(manager.resources.spec.fps) if metered else None
@@ -133,6 +136,14 @@ class Session:
     def next_block(self) -> int:
         """Index of the block that is finished next."""
         return self.current.next_block
+
+    @property
+    def pictures_wanted(self) -> int:
+        """Pictures of a live video that `feed` takes for the next block; 0 where it has them, or is made from none."""
+        state = self.current
+        if state.live is None or state.live.end > state.timeline.next_frame:
+            return 0
+        return pictures_of_block(state.preset, self.manager.resources.spec, state.timeline.next_frame)
 
     @property
     def prefix_frames(self) -> NDArray[np.uint8] | None:
@@ -270,6 +281,21 @@ class Session:
             name = self.manager.resources.spec.name
             raise UsageError(f"{name} follows no camera, only its prompt; use a model that does")
 
+    def feed(self, pictures: NDArray[np.uint8]) -> None:
+        """Give the pictures [T, H, W, 3] of the next block of a live video, as many as `pictures_wanted`.
+
+        They are encoded at once. UsageError for other pictures, and for a session that wants none.
+        """
+        self.manager.check_owner("feed()")
+        self.check_entered()
+        frames, (width, height), wanted = arguments.pixels("pictures", pictures), self.size, self.pictures_wanted
+        if not wanted:
+            raise UsageError("pictures are given, but the next block wants none; open with live=True, and stream it")
+        if not isinstance(frames, np.ndarray) or frames.shape != (wanted, height, width, 3):
+            given = list(getattr(frames, "shape", ())) or quoted(frames)
+            raise UsageError(f"pictures are {given}; expected uint8 {[wanted, height, width, 3]}")
+        self.manager.feed(self, frames)
+
     def pause(self) -> int:
         """Begin no more blocks until `resume`; returns the control's id."""
         self.check_open()
@@ -304,12 +330,17 @@ class Session:
         self.check_open()
         self.manager.rewind(self, block)
 
-    def save(self, path: str | Path) -> None:
-        """Write all that `restore` needs to go on bit for bit; the file is there whole or not at all."""
-        target = arguments.path("path", path)
+    def save(self, path: str | Path, note: str | None = None) -> None:
+        """Write all that `restore` needs to go on bit for bit; the file is there whole or not at all.
+
+        note: a text of the caller's own, which stays in the file's metadata.
+        """
+        target, note = arguments.path("path", path), optional(arguments.text)("note", note)
         self.manager.check_owner("save()")
         self.check_entered()
-        self.manager.save(self, target)
+        if self.current.live is not None:
+            raise UsageError(f"session {self.id} is made from a live video, which no file can hold; it cannot be saved")
+        self.manager.save(self, target, note)
 
     @classmethod
     def restore(cls, engine: HasManager, path: str | Path) -> Session:

@@ -29,6 +29,7 @@ from .saved_values import InvalidField, fields_of, invalid, list_of
 from .session_state import SavedFields, SessionState
 
 KEY = "inferix-session"  # of the header's JSON
+NOTE = "inferix-note"  # of a caller's text, which no checksum covers
 VERSION = 2
 MODEL_PATHS = ("model", "base", "vae", "lora", "text_encoder", "fast_vae")  # settings that name files read
 DEFAULTS = {  # settings of presets as a file gives them; one saved before there was a setting lacks it
@@ -41,7 +42,9 @@ COMMON = ("version", "made_by", "tensors", "checksum")  # in the header, besides
 IRRELEVANT = ("name", "about", "rewind_blocks", "precision")  # of a preset: they change no block, or are in `dtype`
 
 
-def write_session(state: SessionState, resources: Resources, preset: Preset, path: Path) -> None:
+def write_session(
+    state: SessionState, resources: Resources, preset: Preset, path: Path, note: str | None = None
+) -> None:
     """Write the state of a session between two blocks, once nothing of it is being decoded."""
     file = SavedFields(resources, preset, {"version": VERSION, "made_by": made_by(resources, preset)}, {})
     state.save(file)
@@ -49,6 +52,7 @@ def write_session(state: SessionState, resources: Resources, preset: Preset, pat
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in file.tensors.items()}
     header = json.loads(json.dumps(file.header))
     metadata = {KEY: json.dumps(header | {"checksum": checksum(header, on_host)})}
+    metadata |= {} if note is None else {NOTE: note}
     check_paths({name: getattr(resources.config, name) for name in MODEL_PATHS}, {"path": path})
     write_atomically(check_output(path), lambda part: write_tensors(unshared(on_host), part, metadata))
 
@@ -136,6 +140,17 @@ def read_session(path: Path, resources: Resources, preset: Preset) -> SavedField
         ) from error
     except InvalidField as error:
         raise InferixError(f"{name} is damaged: {error}; save it again, or use an older copy") from error
+
+
+def read_note(path: Path) -> str | None:
+    """The note of a saved session, None if it has none. UsageError for no file, InferixError for a broken one."""
+    check_file(path, "saved session")
+    try:
+        with safe_open(path, "pt") as file:
+            note: str | None = (file.metadata() or {}).get(NOTE)
+    except (OSError, SafetensorError) as error:
+        raise InferixError(f"{quoted(path)} is cut short or no saved session: {reason(error)}") from error
+    return note
 
 
 def parse_header(text: str) -> Any:

@@ -19,17 +19,21 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ...errors import InferixError, SessionEnded, UsageError
+from ...errors import InferixError, RankFailed, SessionEnded, UsageError
 from ...models.decoder import Decoder
 from ...schemes.presets import Preset
 from ..capacity.memory_need import session_need
 from ..engine_condition import EngineCondition
 from ..finite_check import Check
 from ..limits import DegradationStep, Limits
+from ..live_video import LiveVideo
 from ..resources import Resources
+from ..telemetry.ranges import Ranges
 from ..telemetry.records import BlockRecord, Metrics, Stopwatch
 from .control_queue import LIFECYCLE_CONTROLS, Control
 from .delivery import Delivery, interrupted
@@ -54,8 +58,9 @@ def narrower(preset: Preset, frames: int) -> Preset:
 class SessionManager:
     """Owns the open sessions, the scheduler, the decoder's thread and the metrics of one engine.
 
+    ranges: marks sessions and their blocks on a profiler's timeline; None where nobody asked for it.
     step: makes the next blocks, called where a reader drives the engine. check_prompt: UsageError for a prompt that the
-    engine cannot encode.
+    engine cannot encode. continue_live: a live video with the pictures of a block more, without frames before a number.
     """
 
     def __init__(
@@ -64,13 +69,15 @@ class SessionManager:
         limits: Limits,
         step: Callable[[], Sequence[Session]],
         check_prompt: Callable[[object], None],
+        continue_live: Callable[[LiveVideo, NDArray[np.uint8], int], LiveVideo],
     ) -> None:
         self.resources, self.limits = resources, limits
-        self.step, self.check_prompt = step, check_prompt
+        self.step, self.check_prompt, self.continue_live = step, check_prompt, continue_live
         self.condition = EngineCondition()
         self.thread = EngineThread(self.condition, resources.device)
         self.scheduler = Scheduler(limits)
         self.metrics = Metrics()
+        self.ranges: Ranges | None = None
         self.delivery = Delivery(
             resources, self.condition, self.thread, self.scheduler, self.metrics, step, self._fail
         )
@@ -135,10 +142,17 @@ class SessionManager:
         self._join(twin)
         return twin
 
-    def save(self, session: Session, path: Path) -> None:
+    @torch.no_grad()
+    def feed(self, session: Session, pictures: NDArray[np.uint8]) -> None:
+        """Encode the pictures of the next block of a live video."""
+        state = session.current
+        assert state.live is not None
+        state.live = self.continue_live(state.live, pictures, state.timeline.next_frame)
+
+    def save(self, session: Session, path: Path, note: str | None = None) -> None:
         """Write a session to a file."""
         self.settle(session)
-        write_session(session.current, self.resources, self.preset, path)
+        write_session(session.current, self.resources, self.preset, path, note)
 
     def restore(self, path: Path) -> Session:
         """Admit a session that was saved."""
@@ -162,6 +176,8 @@ class SessionManager:
             self.metrics.count("sessions_refused")
             raise
         self.sessions[session.id] = session
+        if self.ranges is not None:
+            session.range = self.ranges.start(f"session {session.id[:8]}")
         if inside:
             self._enter(session)
 
@@ -209,6 +225,8 @@ class SessionManager:
             self.condition.signal()
             session.output.wake_readers()
         session.free()
+        if self.ranges is not None and session.range is not None:
+            self.ranges.end(session.range)
         self.resources.client.release()
         self.metrics.count(f"sessions_{state}")
 
@@ -252,6 +270,7 @@ class SessionManager:
     def prepare_step(self) -> tuple[Session, ...]:
         """Apply lifecycle controls and calls, admit and degrade; then pick the sessions whose blocks come next."""
         self.check_owner("step()")
+        self._check_ranks()
         self.thread.seen = self.condition.changes
         self.delivery.pipeline.collect()
         for session in list(self.sessions.values()):
@@ -267,6 +286,14 @@ class SessionManager:
         if degradation is not None:
             self._degrade(degradation)
         return self._pick()
+
+    def _check_ranks(self) -> None:
+        """End all sessions with a RankFailed, and raise it, where the ranks have ended."""
+        if (fault := self.resources.fault) is None:
+            return
+        for session in list(self.sessions.values()):
+            self._fail(session, RankFailed(fault))
+        raise RankFailed(fault)
 
     def _pick(self) -> tuple[Session, ...]:
         with self.condition:
@@ -446,7 +473,8 @@ class SessionManager:
                 session.life.move(State.RUNNING)
             session.demand.left -= 1
             session.output.reserve()
-            session.record = BlockRecord(session.id, session.next_block, Stopwatch(self.resources.device), batch)
+            watch = Stopwatch(self.resources.device)
+            session.record = BlockRecord(session.id, session.next_block, watch, batch, self.ranges)
             session.record.marks["queue"] = (session.ready_since, time.perf_counter())
             session.ready_since = None
         session.onload()

@@ -35,6 +35,7 @@ from ..execution.decode_pipeline import DecoderTrack
 from ..finite_check import Check, checked
 from ..frame_channels import GivenFrames, ImageCondition
 from ..kv.paged_cache import ExportedPages, PagedCache
+from ..live_video import LiveVideo
 from ..noise import InjectedNoise, Noise, PhiloxNoise
 from ..resources import Resources
 from ..sampler import Sampler
@@ -259,7 +260,7 @@ class SamplerForm(SaveForm):
 
     def check(self, file: SavedFields) -> None:
         strength = finite("strength", file.header["strength"])
-        if not 0 < strength <= 1 or (strength < 1 and not file.preset.sampler.has_step_list):
+        if not 0 < strength <= 1 or (strength < 1 and not file.preset.sampler.takes_strength):
             raise invalid("strength", strength, "a number above 0, up to 1, and 1 for a solver that starts from noise")
 
     def read(self, file: SavedFields) -> Sampler:
@@ -578,7 +579,7 @@ class DecoderForm(SaveForm):
     def write(self, value: DecoderTrack, file: SavedFields) -> None:
         fast = value.vae is not file.resources.parts.vae
         file.header["decoder"] = {"frames": value.state.frames, "fast": fast}
-        for slot, tensor in value.state.history.items():
+        for slot, tensor in value.vae.whole_state(value.state).history.items():
             file.put(f"decoder.{slot}", tensor)
 
     def check(self, file: SavedFields) -> None:
@@ -601,7 +602,7 @@ class DecoderForm(SaveForm):
     def fill(self, value: DecoderTrack, file: SavedFields) -> None:
         slots = [name for name in file.tensors if name.startswith("decoder.")]
         history = {int(name.removeprefix("decoder.")): file.tensor(name) for name in slots}
-        value.state = StreamState(history, file.header["decoder"]["frames"])
+        value.state = value.vae.own_state(StreamState(history, file.header["decoder"]["frames"]))
 
 
 @dataclass(frozen=True)
@@ -660,7 +661,8 @@ class SessionState:
 
     size: (width, height) in pixels. rows: the prompt in force. negative: the prompt that guidance keeps away from,
     which is the null caption too.
-    source: latents of the video that blocks start from. clamped: latents of an image held as the first frame.
+    source: latents of the video that blocks start from. live: of one that arrives meanwhile, which no file holds.
+    clamped: latents of an image held as the first frame.
     flight: blocks being denoised, oldest first. recent: the last clean latents, as many as a rebuild or recache reads.
     prompts: of later blocks, by number. uncommitted: latents of `timeline.uncommitted`.
     pixels: the last decoded pictures [T, 3, H, W], where a rebuild encodes one again. prefix_frames: uint8
@@ -679,6 +681,7 @@ class SessionState:
     decoder: DecoderTrack = field(metadata=forked(DecoderForm(), DecoderTrack.fork, rollback=False))
     negative: Tensor | None = field(default=None, metadata=shared(NEGATIVE))
     source: Tensor | None = field(default=None, metadata=shared(TensorForm("source", latents_shape)))
+    live: LiveVideo | None = field(default=None, metadata=shared(None))
     clamped: Tensor | None = field(default=None, metadata=shared(TensorForm("clamped", latents_shape)))
     flight: list[BlockInFlight] = field(default_factory=list, metadata=forked(FlightForm(), fork_all))
     prompts: dict[int, Tensor] = field(default_factory=dict, metadata=forked(PromptsForm(), dict))

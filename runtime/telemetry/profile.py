@@ -1,8 +1,9 @@
 """Profile of blocks: a table of time by pass and kind of work, and a trace for Chrome or Perfetto.
 
 `fused` is timed call by call: with the host's clock on a CPU, with CUDA events on a GPU. `captured` has an event node
-at each pass of the graph; its kinds of work are taken from a fused run of the same calls over equally many pages. The
-report states the method, the overhead of the timing, and the share of the machine's measured ceilings.
+at each pass of the graph; its kinds of work are taken from a fused run of the same calls over equally many pages.
+`eager` is timed by the calls that its model makes, under a dispatch mode. The report states the method, the overhead of
+the timing, and the share of the machine's measured ceilings.
 """
 
 from __future__ import annotations
@@ -13,22 +14,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from ...graphs.capture import Event
-from ...graphs.cost import PACKED, call_cost, counts_of, family
+from ...graphs.cost import PACKED, call_cost, counts_of, known_family
 from ...graphs.launch import LaunchPlan
-from ...graphs.program import Program, Ref
+from ...graphs.program import Call, Program, Ref
 from ...graphs.rewrites.lowp import KINDS
 from ...kernels.linear_lowp import pack
 from ..files import write_atomically
+from .call_timer import CallTimer
 
 STAGES = ("prepare", "denoise", "commit")  # stages of a block in which passes run
 TRACE, TABLE = "trace.json", "profile.txt"
+OTHER = "other"  # the kind of work of an op without a cost
+Result = TypeVar("Result")
 HEAD_START = 2 * 10**8  # clock cycles of a GPU, about 0.1 s: longer than the host takes to launch a block call by call
 
 RunKey = tuple[int, tuple[tuple[int, int], ...]]  # id of a program, and (call, pages it reads)
@@ -72,7 +76,7 @@ class Run:
     """One run of a program.
 
     begin: host clock in seconds. marks: seconds from `begin`, before each call in `at` and after the last one.
-    listed: pages read through page tables, by call.
+    listed: pages read through page tables, by call. how: the method of timing.
     """
 
     program: Program
@@ -80,6 +84,7 @@ class Run:
     at: tuple[int, ...]
     marks: tuple[float, ...]
     listed: Mapping[int, int]
+    how: str
 
     @property
     def seconds(self) -> float:
@@ -142,8 +147,8 @@ class Profile:
     """Collects the launcher's runs; `end_block` closes a block, `write` writes the report.
 
     about: model, preset and device, for the first line of the report. spent, apart: as in `BlockProfile`, for the
-    current block. decodes: (block, begin, end) of each decode, on the clock of runs. once: one fused run for each
-    captured program and number of pages.
+    current block. decodes: (block, begin, end) of each decode, on the clock of runs. feeds: (begin, end) of each time
+    that sinks took frames. once: one fused run for each captured program and number of pages.
     """
 
     about: str
@@ -156,6 +161,7 @@ class Profile:
     spent: float = 0.0
     apart: float = 0.0
     decodes: list[tuple[int, float, float]] = field(default_factory=list)
+    feeds: list[tuple[float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.clock: HostClock | EventClock = EventClock() if self.device.type == "cuda" else HostClock()
@@ -170,9 +176,21 @@ class Profile:
         replay()
         synchronise(self.device)
         at = tuple(section.first for section in launches.program.sections)
-        self.runs.append(Run(launches.program, begin, at, elapsed(events), self.pages_read(launches)))
+        self.runs.append(Run(launches.program, begin, at, elapsed(events), self.pages_read(launches), EVENT_NODES))
         if self.runs[-1].key not in self.once:
             self.time_calls_once(launches)
+
+    def observe(self, run: Callable[[], Result]) -> Result:
+        """Run a pass of a model without a program, and record the times of its calls."""
+        timer = CallTimer(self.clock.mark)
+        begin = time.perf_counter()
+        with timer:
+            result = run()
+        marks: list[Any] = [*timer.marks, self.clock.mark()]
+        seconds = self.clock.seconds(marks)
+        program, at = timer.program(f"pass {len(self.runs)}"), tuple(range(len(timer.calls)))
+        self.runs.append(Run(program, begin, at, seconds, timer.pages_read(), f"{self.clock.how}, {OF_A_MODEL}"))
+        return result
 
     def time_calls_once(self, launches: LaunchPlan) -> None:
         """Time the calls of a captured program one by one; it computes again what the replay computed.
@@ -190,7 +208,8 @@ class Profile:
         marks: list[Any] = []
         launches.run_with(lambda _: marks.append(self.clock.mark()))
         seconds = self.clock.seconds(marks)
-        return Run(launches.program, begin, tuple(range(len(launches.calls))), seconds, self.pages_read(launches))
+        at = tuple(range(len(launches.calls)))
+        return Run(launches.program, begin, at, seconds, self.pages_read(launches), self.clock.how)
 
     def pages_read(self, launches: LaunchPlan) -> dict[int, int]:
         """Number of pages that each call with a page table reads, from the counts on the device."""
@@ -219,6 +238,10 @@ class Profile:
         if (span := record.get("spans", {}).get("decode")) is not None:  # records of controls have no spans
             self.decodes.append((record["block"], *span))
 
+    def note_feed(self, begin: float, end: float) -> None:
+        """Store when sinks took the frames of a block; for `Pump(note=)`."""
+        self.feeds.append((begin, end))
+
     def cost_of_a_mark(self) -> float:
         """Seconds of one mark on the host."""
         begin = time.perf_counter()
@@ -229,8 +252,10 @@ class Profile:
     def cost_of(self, run: Run, index: int, seconds: float) -> Cost:
         """Cost of one call of a run."""
         call = run.program.calls[index]
+        if (kind := kind_of(call)) == OTHER:
+            return Cost(seconds)
         cost = call_cost(call, run.listed.get(index, 0))
-        return Cost(seconds, cost.nbytes, cost.flops, self.ceilings.least(family(call), cost.flops, cost.nbytes))
+        return Cost(seconds, cost.nbytes, cost.flops, self.ceilings.least(kind, cost.flops, cost.nbytes))
 
     def passes(self, block: BlockProfile) -> dict[str, float]:
         """Seconds of each pass of a block, in order."""
@@ -248,7 +273,7 @@ class Profile:
             timed = run if run.by_call else self.once.get(run.key)
             if timed is not None:
                 for index, (start, end) in enumerate(pairwise(timed.marks)):
-                    kind = family(run.program.calls[index])
+                    kind = kind_of(run.program.calls[index])
                     by_kind[kind] = by_kind.get(kind, Cost()) + self.cost_of(timed, index, end - start)
         return dict(sorted(by_kind.items(), key=lambda item: -item[1].seconds))
 
@@ -266,7 +291,7 @@ class Profile:
 
     def text(self) -> str:
         """The report: what was measured and by which method, then each block."""
-        how = {self.clock.how if run.by_call else EVENT_NODES for block in self.blocks for run in block.runs}
+        how = {run.how for block in self.blocks for run in block.runs}
         lines = [
             f"profile of {self.about}",
             f"times from {' and '.join(sorted(how))}; marks of {self.mark_cost * 1e6:.2f} us and notes took "
@@ -291,10 +316,10 @@ class Profile:
         return "\n".join(lines) + "\n"
 
     def trace(self) -> dict[str, Any]:
-        """The profile in Chrome's trace format: blocks, passes, calls, and decodes."""
+        """The profile in Chrome's trace format: blocks, passes, calls, decodes, and sinks that take frames."""
         events: list[dict[str, Any]] = [
             {"ph": "M", "name": "thread_name", "pid": 0, "tid": thread, "args": {"name": name}}
-            for thread, name in enumerate(("blocks", "passes", "calls", "decoder"))
+            for thread, name in enumerate(("blocks", "passes", "calls", "decoder", "sinks"))
         ]
         for block in self.blocks:
             if block.runs:
@@ -307,9 +332,10 @@ class Profile:
                     events.append(event(section.name, 1, run.begin + start, end - start, {}))
                 for index, (start, end) in enumerate(pairwise(run.marks) if run.by_call else ()):
                     call, cost = run.program.calls[index], self.cost_of(run, index, end - start)
-                    args = {"node": call.node, "kind": family(call), "bytes": cost.bytes, "flops": cost.flops}
+                    args = {"node": call.node, "kind": kind_of(call), "bytes": cost.bytes, "flops": cost.flops}
                     events.append(event(call.op.name(), 2, run.begin + start, end - start, args))
         events += [event(f"decode {block}", 3, begin, end - begin, {}) for block, begin, end in self.decodes]
+        events += [event("take frames", 4, begin, end - begin, {}) for begin, end in self.feeds]
         return {"displayTimeUnit": "ms", "traceEvents": events, "otherData": {"about": self.about}}
 
     def write(self, folder: Path) -> list[Path]:
@@ -323,6 +349,12 @@ class Profile:
 
 
 EVENT_NODES = "event nodes between the passes of the captured graph, kinds of work from a fused run of its calls"
+OF_A_MODEL = "which lasts until the model makes the next, with the host's part of it"
+
+
+def kind_of(call: Call) -> str:
+    """The kind of work of a call; `OTHER` for an op of torch's that a model without a program may call."""
+    return known_family(call.op) or OTHER
 
 
 def elapsed(events: Sequence[Event]) -> tuple[float, ...]:

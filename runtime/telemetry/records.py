@@ -23,6 +23,7 @@ from typing import Any, Self
 import torch
 
 from ..files import PartFile, check_output, write_failed
+from .ranges import Ranges, ranged
 
 BOUNDS = tuple(2.0**power for power in range(-10, 7))  # upper ends of a histogram's bins in seconds; one more above
 
@@ -77,14 +78,16 @@ class BlockRecord:
     session: the session's id. batch: size of the batch, this session included; network stages are timed for the whole
     batch. marks: (begin, end) of each stage. pass_marks: (begin, end) of each pass, in order. pages: pages in use by
     all sessions when the block was done. slack: seconds from the end of the block to its deadline; None without a
-    deadline. degradations: steps taken under overload so far. drift: changes against the first seconds by
-    `drift_meter.py`; None without a meter or without pictures, empty during the first seconds.
+    deadline. ranges: for stages and passes on a profiler's timeline. degradations: steps taken under overload so far.
+    drift: changes against the first seconds by `drift_meter.py`; None without a meter or without pictures, empty during
+    the first seconds.
     """
 
     session: str
     block: int
     watch: Stopwatch
     batch: int = 1
+    ranges: Ranges | None = None
     marks: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     pass_marks: list[tuple[Any, Any]] = field(default_factory=list)
     pages: int = 0
@@ -95,15 +98,17 @@ class BlockRecord:
 
     @contextmanager
     def span(self, stage: str) -> Iterator[None]:
-        begin = self.watch.mark()
-        yield
-        self.marks[stage] = (begin, self.watch.mark())
+        with ranged(self.ranges, f"{stage} {self.block}"):
+            begin = self.watch.mark()
+            yield
+            self.marks[stage] = (begin, self.watch.mark())
 
     @contextmanager
     def one_pass(self) -> Iterator[None]:
-        begin = self.watch.mark()
-        yield
-        self.pass_marks.append((begin, self.watch.mark()))
+        with ranged(self.ranges, f"pass {len(self.pass_marks)}"):
+            begin = self.watch.mark()
+            yield
+            self.pass_marks.append((begin, self.watch.mark()))
 
     @property
     def spans(self) -> dict[str, tuple[float, float]]:

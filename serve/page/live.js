@@ -246,7 +246,8 @@ class Pane {
     const chip = this.element.querySelector(".now");
     chip.hidden = false;
     const action = event.action && event.action !== this.world.facts.rest ? ` · ${event.action}` : "";
-    chip.textContent = `${event.position.toFixed(1)} s${action}`;
+    const behind = event.latency === undefined ? "" : ` · ${event.latency.toFixed(1)} s behind the camera`;
+    chip.textContent = `${event.position.toFixed(1)} s${action}${behind}`;
     if (this === active) {
       drawMeters();
       drawDrift(event.drift);
@@ -284,11 +285,17 @@ class Pane {
     this.element.querySelector(".wait").append(again);
   }
 
-  restart() {
+  // Show another session. fields: of the message that it begins with.
+  renew(fields) {
     this.world.left = true;
     this.world = new World(this);
     this.blocks = [];
-    this.begin({ type: "open", prompt: $("prompt").value.trim() || model.examples[0] || "a quiet place", seed: seedValue() });
+    this.begin(fields);
+  }
+
+  restart() {
+    if (camera) stopCamera();
+    this.renew({ type: "open", prompt: $("prompt").value.trim() || model.examples[0] || "a quiet place", seed: seedValue() });
   }
 
   begin(fields) {
@@ -548,6 +555,52 @@ $("file").addEventListener("change", async () => {
   }
 });
 
+// The camera's video goes to the server by WebRTC, and the active pane shows the world that is made from it.
+
+let camera = null; // {stream, peer}
+
+const gathered = (peer) => new Promise((done) => {
+  const look = () => peer.iceGatheringState === "complete" && done();
+  peer.addEventListener("icegatheringstatechange", look);
+  look();
+});
+
+async function startCamera() {
+  const stream = await navigator.mediaDevices.getUserMedia({ video: { frameRate: { ideal: 30 } } });
+  const peer = new RTCPeerConnection(), pane = active;
+  camera = { stream, peer };
+  $("camera").setAttribute("aria-pressed", "true");
+  stream.getTracks().forEach((track) => peer.addTransceiver(track, { direction: "sendonly" }));
+  await peer.setLocalDescription();
+  await gathered(peer);
+  pane.world.leave();
+  pane.wait("Opening the world");
+  const prompt = $("prompt").value.trim() || model.examples[0] || "a quiet place";
+  const strength = new URLSearchParams(location.search).get("strength") || "0.6";
+  const query = new URLSearchParams({ prompt, seed: seedValue(), strength });
+  const options = { method: "POST", body: peer.localDescription.sdp, headers: { "Content-Type": "application/sdp" } };
+  const answer = await call(`/v1/whip?${query}`, options);
+  await peer.setRemoteDescription({ type: "answer", sdp: await answer.text() });
+  pane.renew({ type: "attach", session: answer.headers.get("Location").split("/").at(-1), resume: answer.headers.get("Inferix-Resume") });
+}
+
+function stopCamera() {
+  camera.stream.getTracks().forEach((track) => track.stop());
+  camera.peer.close();
+  camera = null;
+  $("camera").setAttribute("aria-pressed", "false");
+}
+
+$("camera").addEventListener("click", async () => {
+  if (camera) return active.restart();
+  try {
+    await startCamera();
+  } catch (error) {
+    toast(`No video from the camera: ${error.message}`, "bad");
+    if (camera) active.restart();
+  }
+});
+
 let recorder = null;
 $("record").addEventListener("click", () => {
   if (recorder) return recorder.stop();
@@ -720,6 +773,7 @@ async function start() {
     fact.textContent = text;
     return fact;
   }));
+  $("camera").hidden = !(model.video_in && navigator.mediaDevices);
   $("preset").replaceChildren(new Option(model.preset, model.preset));
   fillHistory();
   document.body.classList.toggle("camera", model.camera);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 
@@ -86,6 +87,7 @@ def test_a_dry_run_launches_every_call_of_the_program():
             for grid in (RankGrid(tokens=2), RankGrid(heads=2, tokens=2), RankGrid(heads=2))
             for shard_weights in (False, True)
         ),
+        pytest.param(RankGrid(layers=2), False, marks=pytest.mark.slow),
     ],
 )
 def test_a_dry_run_of_one_rank_of_several_sends_what_the_planner_counts(grid: RankGrid, shard_weights: bool):
@@ -125,6 +127,24 @@ def test_split_keys_fill_the_waves_of_a_card_and_allocate_nothing():
     assert seconds([*launches["attention_parts"], *launches["merge_parts"]]) < 0.93 * seconds(before)
 
 
+def test_attention_over_one_run_is_cudnns_and_copies_its_result_alone():
+    spec = replace(MODELS["wan-1.3b"], num_layers=1)
+    built = BlockGraphBuilder(spec, make_preset("self-forcing"), dtype=torch.bfloat16).build()
+    dense = rewritten(built, chosen(), multiprocessors=MULTIPROCESSORS[90], run=(0, 21))
+    run = dry_run(dense, 90, compiled=False)
+    assert run.faults() == []
+    calls = [launch for launch in run.of("block") if launch.rate == "cudnn"]
+    assert [one.flops for one in calls] == 4 * [4 * 4680 * 21 * 1560 * 1536]
+    assert {one.tiles for one in calls} == {37 * 12}
+    assert not any(launch.op.endswith(("attention_parts", "merge_parts")) for launch in run.of("block"))
+    allocated = [launch for launch in run.of("block") if launch.allocated]
+    assert allocated == calls  # the result, in memory of the graph
+    size = 4680 * 1536 * 2
+    assert {launch.allocated // size for launch in calls} == {1}
+    places = [run.launches.index(launch) + 1 for launch in calls]
+    assert {run.launches[place].nbytes for place in places} == {2 * size}  # its copy
+
+
 def test_calls_that_allocate_are_seen_where_the_rewrites_are_left_out():
     builder = BlockGraphBuilder(SPEC, make_preset("self-forcing"), (64, 64), torch.bfloat16)
     plain = rewritten(builder.build(), chosen(without=["cross-attention", "patch-embedding"]))
@@ -157,14 +177,45 @@ def test_a_dry_run_reports_totals_by_kind_and_by_op():
     assert "predicted" not in summary(run, None)["block"]
 
 
-@pytest.mark.parametrize("tiny", [False, True])
-def test_a_decoder_runs_on_fake_tensors_of_a_card(tiny):
+def decoded(tiny: bool, faster=None) -> DryRun:
+    """A block of two latent frames through a decoder of SPEC."""
     family = family_of(SPEC)
     sizes = family.chosen_decoder_spec(SPEC, tiny)
-    run = run_decoder(90, lambda: family.build_decoder(sizes), (1, SPEC.out_channels, 4, 4), torch.bfloat16, False)
-    assert run.of("decoder")
-    assert run.faults() == []  # a decoder is not captured yet, so that its broken rules are no faults
+    run = run_decoder(
+        90, lambda: family.build_decoder(sizes), (2, SPEC.out_channels, 4, 4), torch.bfloat16, False,
+        *([] if faster is None else [faster]),
+    )  # fmt: skip
     assert torch.get_default_dtype() == torch.float32
+    return run
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+def test_a_decoder_with_the_layers_of_a_card_joins_pads_and_widens_nothing(tiny):
+    plain, run = decoded(tiny), decoded(tiny, family_of(SPEC).with_fast_layers)
+    assert plain.faults() == run.faults() == []
+    assert run.broken == {}  # it could be captured
+    ops = Counter(launch.op for launch in run.of("decoder"))
+    assert ops["aten::cat"] == 1  # of the pictures
+    assert not {"aten::_to_copy", "aten::constant_pad_nd", "aten::silu", "aten::relu", "aten::div.Tensor"} & (
+        ops.keys() - ({"aten::div.Tensor"} if tiny else set())  # of the latents
+    )
+    before = sum(launch.kind != "allocation" for launch in plain.of("decoder"))
+    assert sum(launch.kind != "allocation" for launch in run.of("decoder")) < 0.6 * before
+    flops = [sum(launch.flops for launch in one.of("decoder") if launch.rate) for one in (plain, run)]
+    assert flops[1] <= flops[0]
+
+
+def test_a_convolution_on_a_card_keeps_channels_last():
+    layouts = []
+
+    def convolve(tensor: Tensor) -> None:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.empty(1, 4, 6, 6, device="cuda").contiguous(memory_format=layout)
+            y = torch.nn.functional.conv2d(x, torch.empty(8, 4, 3, 3, device="cuda"))
+            layouts.append(y.is_contiguous(memory_format=layout))
+
+    recorded(convolve)
+    assert layouts == [True, True]
 
 
 def test_reads_on_the_host_are_refused():

@@ -363,15 +363,33 @@ def test_other_attentions_get_the_same_tokens(monkeypatch):
         assert tensor_layout == "HND"
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
-    packages = {"flash_attn": SimpleNamespace(flash_attn_func=flash), "sageattention": SimpleNamespace(sageattn=sage)}
-    monkeypatch.setattr(rivals, "import_module", packages.__getitem__)
-    monkeypatch.setattr(rivals, "find_spec", packages.get)
-    baselines = rivals.attention_baselines(inputs, {"triton": bound(spec.reference)})
-    assert baselines.keys() == {
-        "flex", "sdpa cudnn", "sdpa flash", "sdpa efficient", "flash-attn", "sageattention"
+    def flash_with_sums(q, k, v):
+        return flash(q, k, v), None
+
+    packages = {
+        "flash_attn": SimpleNamespace(flash_attn_func=flash), "sageattention": SimpleNamespace(sageattn=sage),
+        "flash_attn_interface": SimpleNamespace(flash_attn_func=flash),
+        "flash_attn.cute": SimpleNamespace(flash_attn_func=flash_with_sums),
     }  # fmt: skip
-    for name in ("flash-attn", "sageattention"):
+
+    def installed(name):
+        if name not in packages:
+            raise ModuleNotFoundError(name)
+        return packages[name]
+
+    monkeypatch.setattr(rivals, "import_module", installed)
+    baselines = rivals.attention_baselines(inputs, {"triton": bound(spec.reference)})
+    own = {"flex", "sdpa cudnn", "sdpa flash", "sdpa efficient"}
+    others = {"flash-attn 2", "flash-attn 3", "flash-attn 4", "sageattention"}
+    assert baselines.keys() == own | others
+    for name in others:
         assert mismatch(spec, baselines[name], inputs, expected, torch.float32) is None
+    wrong = rivals.flash_attn(lambda q, k, v: flash(q, v, k))
+    assert "out " in mismatch(spec, wrong, inputs, expected, torch.float32)
+    packages["flash_attn"] = SimpleNamespace()  # as flash-attn 4 leaves it
+    del packages["flash_attn_interface"], packages["sageattention"]
+    baselines = rivals.attention_baselines(inputs, {"triton": bound(spec.reference)})
+    assert baselines.keys() == own | {"flash-attn 4"}
     inputs["out"] = inputs["out"].half()
     assert "out " in mismatch(spec, bound(lambda **all: all["out"].zero_()), inputs, expected, torch.float32)
 

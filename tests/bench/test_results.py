@@ -202,6 +202,21 @@ def test_no_goal_is_reached_by_other_work(change):
     assert not [goal for goal in GOALS if goal.matches(block_result(series, H200, **change))]
 
 
+def test_goals_lie_above_their_floors_and_agree_with_each_other_and_with_the_dry_run():
+    floors = {goal.name: goal.floor for goal in GOALS}
+    assert all(goal.value > floor for goal in GOALS if (floor := floors[goal.name]) is not None)
+    assert all(goal.predicted > floors[goal.name] for goal in GOALS if goal.predicted and floors[goal.name])
+    assert floors[GOALS[0].name] == pytest.approx(202e12 / 989e12, rel=0.02)
+    transformer, both, tiny, decode = (GOALS[index] for index in (0, 1, 2, 5))
+    assert both.value == pytest.approx(transformer.value + decode.value)
+    assert both.predicted == pytest.approx(transformer.predicted + decode.predicted)
+    assert floors[both.name] == pytest.approx(floors[transformer.name] + floors[decode.name])
+    assert transformer.value < tiny.value < both.value and transformer.predicted < tiny.predicted < both.predicted
+    dry = json.loads((ROOT / "bench" / "results" / "dry-run-after.json").read_text("utf-8"))["configurations"]
+    for goal, name in ((0, "self-forcing"), (3, "longlive"), (4, "krea"), (6, "self-forcing-fp8")):
+        assert GOALS[goal].predicted == pytest.approx(dry[name]["parts"]["block"]["predicted"], abs=6e-4)
+
+
 def test_no_goal_is_reached_by_trained_weights_or_a_part_of_the_card():
     result = block_result({"captured/transformer": [0.1]}, H200)
     trained = replace(result, subject=result.subject | {"random_weights": False})

@@ -20,11 +20,11 @@ from inferix.evaluate.tinyworld_classifiers import (
     action_scorer,
     classifiers,
 )
-from inferix.evaluate.tinyworld_walks import random_walks, simulate
+from inferix.evaluate.tinyworld_walks import PREFIX, random_walks, simulate
 from inferix.evaluate.video_drift import drift
 from inferix.models.files import read_tensors
 from inferix.models.tinyworld.data import random_walk
-from inferix.models.tinyworld.world import FRAMES, SIZE, Scene, World
+from inferix.models.tinyworld.world import FRAMES, SIZE, STEP, Scene, World
 
 QUIET = lambda message: None  # noqa: E731
 SCENE = Scene("red", "robot", "green meadow", "by day")
@@ -119,6 +119,24 @@ def test_a_rest_that_dissolves_fails_and_the_simulators_does_not(short, monkeypa
     assert (np.mean(heroes) < 0.98) == fails
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_rest_after_a_walk_is_far_from_the_first_frame(monkeypatch, fails):
+    walks = []
+
+    def generated(engine, walk, rest, seed):
+        walks.append((walk, rest))
+        return dissolved(walk.ends[-1:])[0] if fails else walk.ends[-1]
+
+    monkeypatch.setattr(judge, "rested", generated)
+    assert (judge.long_resting(None, 2, QUIET).mean > 0.05) == fails
+    assert (judge.resting_away(None, 3, QUIET).mean > 0.05) == fails
+    assert [rest for _, rest in walks] == [480] * 2 + [120] * 3
+    for walk, _ in walks:
+        assert set(walk.actions[1 - PREFIX :]) == {"stay"}
+    for walk, _ in walks[2:]:
+        assert np.abs(np.subtract(walk.places[-1], walk.places[0])).max() >= SIZE - STEP
+
+
 def test_a_hero_that_loses_its_head_is_not_the_hero():
     rng = random.Random(0)
     scene = replace(SCENE, colour="blue")
@@ -143,7 +161,7 @@ def test_circles_return_and_straight_walks_go_far():
     walk = judge.circle(rng, 2)
     assert walk.places[0] == walk.places[4] == walk.places[-1] and len(walk.actions) == 8
     world = World((1 << 20) + 4, SCENE)
-    actions = judge.straight(world, rng, 40)
+    actions = judge.straight(rng, 40, world)
     walked = World((1 << 20) + 4, SCENE)
     walked.walk(actions)
     assert max(abs(walked.x), abs(walked.y)) > 3 * SIZE

@@ -10,18 +10,19 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
 import torch
-from oracles import SIZE, TINY, WAN_PRESETS, make_engine
+from engine_modules import NAMES, NameWriter, modules_of
+from oracles import SIZE, TINY, WAN_PRESETS, make_engine, remade
 
 import inferix
 from inferix.errors import CheckpointError, InferixError, UsageError
 from inferix.export import backends
-from inferix.export.engine_folder import describe_programs, export_engine, write_engine
+from inferix.export.engine_folder import export_engine, write_engine
 from inferix.export.inside import load_exported
 from inferix.export.numerics import normals
 from inferix.export.plan import FILE, SCHEMA, preset_of, preset_values, read_plan
@@ -30,7 +31,7 @@ from inferix.export.run import ExportedEngine
 from inferix.export.targets import TARGETS, Target
 from inferix.export.word_table import known_words
 from inferix.kernels.philox import philox_normals
-from inferix.models.registry import PRESETS, make_preset
+from inferix.models.registry import PRESETS, family_of, make_preset
 from inferix.models.tinyworld.words import SKIPPED, WORDS
 from inferix.models.tinyworld.words import known_words as encoder_words
 from inferix.runtime.engine import Engine
@@ -45,43 +46,6 @@ PROMPTS = {text: torch.randn(TINY.text_len, TINY.text_dim, generator=GENERATOR) 
 WORLD = dataclasses.replace(TINY, actions=("stay", "left", "right"), fps=8)
 
 
-class ModuleProgram:
-    """A program run as its torch module: the plain reference of its exported file."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-
-    def __call__(self, values: Any) -> dict[str, Any]:
-        names = iter(self.program.names)
-        inputs = {
-            key: [torch.from_numpy(values[next(names)]) for _ in value] if isinstance(value, list)
-            else torch.from_numpy(values[next(names)])
-            for key, value in self.program.inputs.items()
-        }  # fmt: skip
-        with torch.no_grad():
-            results = self.program.module(**inputs)
-        tensors = results if isinstance(results, tuple) else (results,)
-        return {name: tensor.numpy() for name, tensor in zip(self.program.results, tensors, strict=True)}
-
-
-class NameWriter:
-    """Writes a program's name in its place; tests take the module instead."""
-
-    options: ClassVar[dict[str, Any]] = {"opset": 0}
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> "NameWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def write(self, program: Program) -> None:
-        (self.folder / f"{program.name}.onnx").write_bytes(program.name.encode())
-
-
 class FullDisk(NameWriter):
     """Fails at the third program."""
 
@@ -91,13 +55,11 @@ class FullDisk(NameWriter):
             raise InferixError("no room")
 
 
-NAMES = dataclasses.replace(TARGETS["onnx"], writer=f"{__name__}:NameWriter")
 write = partial(write_engine, size=SIZE, target=NAMES, prompts=PROMPTS)
 
 
 def as_modules(engine: Engine, folder: Path, unroll: bool = False) -> ExportedEngine:
-    programs, decoder = describe_programs(engine, SIZE, unroll)
-    modules = {program.name: ModuleProgram(program) for program in [*programs, *decoder.programs]}
+    modules = modules_of(engine, unroll)
     return ExportedEngine(folder, load=lambda path: modules[path.stem])
 
 
@@ -152,8 +114,7 @@ def test_runner_equals_eager(case: str, tmp_path: Path) -> None:
 
 def inside(engine: Engine, folder: Path, **settings: Any) -> Engine:
     """The exported engine in Inferix, its programs as modules."""
-    programs, decoder = describe_programs(engine, SIZE, False)
-    modules = {program.name: ModuleProgram(program) for program in [*programs, *decoder.programs]}
+    modules = modules_of(engine)
     return load_exported(folder, Limits(), settings, lambda path: modules[path.stem])
 
 
@@ -185,6 +146,41 @@ def test_sessions_on_an_exported_engine(tmp_path: Path) -> None:
     for made, block in zip(blocks, expected, strict=True):
         torch.testing.assert_close(made.latents, block.latents, rtol=0, atol=1e-4)
         assert np.abs(made.frames.astype(int) - block.frames.astype(int)).max() <= 1
+
+
+def test_streams_begin_with_pictures(tmp_path: Path) -> None:
+    """A video, and a picture that is repeated, in the runner and in Inferix; two pictures too many are left out."""
+    model = make_engine("tinyworld", dtype="float32", spec=WORLD)
+    folder = write(model, tmp_path / "engine", prefixes=True)
+    video = np.random.default_rng(0).integers(0, 255, (15, 32, 32, 3), np.uint8)
+    exported, runner = inside(model, folder), as_modules(model, folder)
+    for pictures in (video, video[:1]):
+        session = model.open(prompt_embeds=PROMPTS["a hill"], seed=7, video=pictures, size=SIZE)
+        other, stream = exported.open("a hill", seed=7, video=pictures), runner.open("a hill", 7, prefix=pictures)
+        expected, begun = session.prefix_frames, stream.prefix_frames
+        assert begun is not None and len(begun) == len(expected) > 0
+        for made in (other.prefix_frames, begun):
+            assert np.abs(made.astype(int) - expected.astype(int)).max() <= 1
+        with session, other:
+            for block, inner in zip(session.stream(4), other.stream(4), strict=True):
+                torch.testing.assert_close(inner.latents, block.latents, rtol=0, atol=1e-4)
+                np.testing.assert_allclose(stream.next_block().latents, block.latents, rtol=0, atol=1e-4)
+
+
+def test_pictures_that_a_runner_cannot_begin_with(folder: Path, tmp_path: Path) -> None:
+    video = np.zeros((9, 32, 32, 3), np.uint8)
+    stream = ExportedEngine(folder, load=lambda path: lambda values: {})
+    with pytest.raises(UsageError, match="prefix"):
+        stream.open("a hill", prefix=video)
+    model = make_engine("self-forcing", dtype="float32")
+    encoder = as_modules(model, write(model, tmp_path / "engine", prefixes=True))
+    for wrong in (video[:, :16], video.astype(np.float32), video[:5]):
+        with pytest.raises(UsageError, match=str(wrong.shape[0])):
+            encoder.open("a hill", prefix=wrong)
+    tiny = remade(model, vae=family_of(TINY).random_decoder(TINY, True, torch.float32, "cpu"))
+    with pytest.raises(UsageError, match="prefixes"):
+        write(tiny, tmp_path / "tiny", prefixes=True)
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_what_an_exported_engine_refuses_inside(folder: Path, tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from oracles import SIZE
 from safetensors.torch import load_file
-from small_engine import PROMPTS, ROWS, compare, compare_small, convert_small, export_small, small_engine
+from small_engine import PROMPTS, ROWS, compare, compare_small, halve_small, small_engine
 from typer.testing import CliRunner
 
 import inferix
@@ -20,19 +21,113 @@ from inferix.errors import InferixError
 from inferix.export.engine_folder import export_engine
 from inferix.export.plan import Plan
 from inferix.export.run import ExportedEngine
+from inferix.export.to_onnx import store_in_half
+from inferix.runtime.engine import Engine
+from inferix.runtime.sessions.output_queue import Block
+from inferix.runtime.sessions.session import Session
 
 
 def test_onnx_equals_eager(onnx_folder: Path) -> None:
     compare_small(ExportedEngine(onnx_folder, 1))
 
 
-def test_openvino_equals_eager(onnx_folder: Path, tmp_path: Path) -> None:
-    compare_small(ExportedEngine(convert_small(onnx_folder, tmp_path / "engine"), 1))
+def test_openvino_equals_eager(openvino_folder: Path) -> None:
+    compare_small(ExportedEngine(openvino_folder, 1))
 
 
 @pytest.mark.slow  # the compiler takes a minute or two for each program
-def test_aoti_equals_eager(tmp_path: Path) -> None:
-    compare_small(ExportedEngine(export_small("aoti", tmp_path / "engine"), 1))
+def test_aoti_equals_eager(aoti_folder: Path) -> None:
+    compare_small(ExportedEngine(aoti_folder, 1))
+
+
+def test_weights_in_float16(onnx_folder: Path, tmp_path: Path) -> None:
+    """Half the bytes; passes stay in float32, so that the error is that of rounded weights."""
+    folder = halve_small(onnx_folder, tmp_path / "engine")
+    before, after = ((place / "weights.bin").stat().st_size for place in (onnx_folder, folder))
+    assert after < 0.75 * before  # each tensor begins at a page
+    plan = json.loads((folder / "plan.json").read_text("utf-8"))
+    assert plan["dtype"] == "float32" and plan["built"]["options"]["weights"] == "float16"
+    session = small_engine().open(prompt_embeds=ROWS[0], seed=5, size=SIZE)
+    switch = lambda number: session.prompt(embeds=ROWS[number])  # noqa: E731
+    latents, _, _ = compare(ExportedEngine(folder, 1), session, switch, 6, [], 5)
+    assert 1e-5 < latents <= 1e-2
+
+
+def test_a_weight_beyond_float16_stays_in_float32() -> None:
+    import onnx_ir
+
+    weights = {"small": np.ones((32, 32), np.float32), "large": np.full((32, 32), 1e5, np.float32)}
+    model = onnx_ir.from_onnx_text(
+        '<ir_version: 10, opset_import: ["" : 23]> g (float[1,32] x) => (float[1,32] z)'
+        "{ y = MatMul(x, small) z = MatMul(y, large) }",
+        initializers=[onnx_ir.tensor(value, name=name) for name, value in weights.items()],
+    )
+    store_in_half(model)
+    dtypes = {name: value.const_value.dtype.name for name, value in model.graph.initializers.items()}
+    assert dtypes == {"small.float16": "FLOAT16", "large": "FLOAT"}
+    assert [node.op_type for node in model.graph] == ["Cast", "MatMul", "MatMul"]
+
+
+RESTORE = """
+import sys
+from inferix import Session, load
+from safetensors.torch import save_file
+import torch
+session = Session.restore(load(engine=sys.argv[1], rewind_blocks=2), sys.argv[2])
+save_file({"latents": torch.cat([block.latents for block in session.stream(3)])}, sys.argv[3])
+"""
+
+
+def steered(engine: Engine, number: int, file: Path) -> list[Block]:
+    """A stream with an action, a prompt switch after the window is full, a rewind, a fork and a saved file."""
+    rows, size = ROWS[number], SIZE
+    with engine.open(prompt_embeds=rows, seed=number, actions=["left", "right"], size=size) as session:
+        blocks = list(session.stream(8))
+        session.prompt(embeds=ROWS[1 - number])
+        session.act("left")
+        blocks += session.stream(2)
+        session.rewind(8)
+        blocks += session.stream(1)
+        with session.fork() as fork:
+            fork.act("right")
+            blocks += fork.stream(2)
+        session.save(file)
+        return blocks + list(session.stream(3))
+
+
+def check_sessions(folder: Path, place: Path) -> None:
+    """Sessions of an exported engine give what the model gives, in another process and two at once the same bits."""
+    exported, model = inferix.load(engine=folder, rewind_blocks=2), small_engine(rewind_blocks=2)
+    blocks, expected = (
+        steered(engine, 0, place / f"{name}.session") for name, engine in (("exported", exported), ("model", model))
+    )
+    for made, block in zip(blocks, expected, strict=True):
+        torch.testing.assert_close(made.latents, block.latents, rtol=0, atol=1e-4 * float(block.latents.abs().max()))
+        assert np.abs(made.frames.astype(int) - block.frames.astype(int)).max() <= 1
+    command = [sys.executable, "-c", RESTORE, str(folder), str(place / "exported.session"), str(place / "restored")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(load_file(place / "restored")["latents"], torch.cat([block.latents for block in blocks[-3:]]))
+    alone = [list(open_one(exported, number).stream(9)) for number in (0, 1)]
+    with open_one(exported, 0) as one, open_one(exported, 1) as other:
+        both = [[next(one.stream(1)), next(other.stream(1))] for _ in range(9)]
+    for number in (0, 1):
+        for made, block in zip((pair[number] for pair in both), alone[number], strict=True):
+            assert torch.equal(made.latents, block.latents) and np.array_equal(made.frames, block.frames)
+
+
+def open_one(engine: Engine, number: int) -> Session:
+    return engine.open(prompt_embeds=ROWS[number], seed=number, size=SIZE)
+
+
+def test_sessions_on_onnx(onnx_folder: Path, tmp_path: Path) -> None:
+    check_sessions(onnx_folder, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["openvino", "aoti"])
+def test_sessions_on_other_targets(target: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    check_sessions(request.getfixturevalue(f"{target}_folder"), tmp_path)
 
 
 def test_programs_share_their_weights(onnx_folder: Path) -> None:
@@ -103,17 +198,53 @@ LONG: dict[str, tuple[str, dict[str, Any], list[str], float]] = {
 }
 
 
+class Inside:
+    """A session of an exported engine, as `compare` drives a runner's stream."""
+
+    def __init__(self, folder: Path) -> None:
+        self.engine = inferix.load(engine=folder)
+
+    def open(self, prompt: str, seed: int, script: list[str]) -> "Inside":
+        self.session = self.engine.open(prompt, seed=seed, actions=script)
+        return self
+
+    def prompt(self, text: str) -> None:
+        self.session.prompt(text)
+
+    def act(self, action: str) -> None:
+        self.session.act(action)
+
+    def next_block(self) -> Block:
+        (block,) = self.session.stream(1)
+        return block
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["onnx", "openvino"])
+@pytest.mark.parametrize("target", ["onnx", "openvino", "aoti"])
 @pytest.mark.parametrize("case", LONG)
 def test_whole_models_past_the_window(case: str, target: str, tmp_path: Path) -> None:
-    """Twenty blocks after the window is full, with two prompt switches and actions."""
+    """Twenty blocks after the window is full, with two prompt switches and actions, by the runner and in a session."""
     model, settings, script, most = LONG[case]
     prompts = () if model == "tinyworld" else PROMPTS
     folder = export_engine(model, out=tmp_path / "engine", target=target, prompts=prompts, **settings)
-    engine = inferix.load(model, device="cpu", **settings)
-    session = engine.open(prompt=PROMPTS[0], seed=3, actions=script)
-    switch = lambda number: session.prompt(PROMPTS[number])  # noqa: E731
-    latents, pixels, share = compare(ExportedEngine(folder, 1), session, switch, 26, script, 3)
-    print(f"{case}, {target}: latents {latents:.2e}, pixels {pixels}, share {share:.2e}")
-    assert latents <= 1e-4 and pixels <= 1 and share <= most
+    engine = inferix.load(model, device="cpu", executor="eager", **settings)
+    for name, exported in (("runner", ExportedEngine(folder, 1)), ("session", Inside(folder))):
+        session = engine.open(prompt=PROMPTS[0], seed=3, actions=script)
+        switch = lambda number, session=session: session.prompt(PROMPTS[number])  # noqa: E731
+        latents, pixels, share = compare(exported, session, switch, 26, script, 3)
+        print(f"{case}, {target}, {name}: latents {latents:.2e}, pixels {pixels}, share {share:.2e}", flush=True)
+        assert latents <= 1e-4 and pixels <= 1 and share <= most
+
+
+@pytest.mark.slow
+def test_a_large_model_is_written_and_read_in_little_memory(tmp_path: Path) -> None:
+    """1.4 billion random parameters, 5.7 GB in float32, as ONNX with weights beside the programs."""
+    script, folder = str(Path(__file__).with_name("large_engine.py")), str(tmp_path / "engine")
+    made = {}
+    for command in (("write", folder, "30"), ("read", folder)):
+        done = subprocess.run([sys.executable, script, *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        made[command[0]] = json.loads(done.stdout)
+        assert made[command[0]]["peak_gib"] < 12
+    print(made)
+    assert made["write"]["parameters"] > 1.3e9 and made["read"]["difference"] <= 1e-4

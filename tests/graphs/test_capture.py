@@ -38,7 +38,7 @@ def test_a_capture_that_fails_leaves_stream_and_allocator_as_they_were(monkeypat
     stand_ins = {
         "Stream": lambda device: Stream(name="side"), "graph_pool_handle": lambda: next(pools), "graph": graph,
         "current_stream": lambda device: main, "stream": nullcontext, "synchronize": lambda device: None,
-        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: "replayed"), "set_stream": current.append,
+        "CUDAGraph": lambda keep_graph: SimpleNamespace(replay=lambda: "replayed"), "set_stream": current.append,
     }  # fmt: skip
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)

@@ -16,9 +16,12 @@ from claims import CLAIMS, shuffled_pages_equal_tokens_in_order, turned_queries_
 from inferix.errors import InferixError, UsageError
 from inferix.kernels import linear_gelu, tuning
 from inferix.kernels.adaln import adaln
-from inferix.kernels.block_attention import block_attention, flash, merge_partials
+from inferix.kernels.block_attention import block_attention, merge_partials
 from inferix.kernels.catalog import SPECS
+from inferix.kernels.conv_epilogue import conv_epilogue
 from inferix.kernels.denoise_step import denoise_step
+from inferix.kernels.dense_attention import dense_attention, flash
+from inferix.kernels.join_phases import join_phases
 from inferix.kernels.kv_pages import kv_pages
 from inferix.kernels.linear_lowp import linear_lowp
 from inferix.kernels.qk_norm_rope_append import qk_norm_rope_append
@@ -145,8 +148,10 @@ def test_flash_attn_gets_the_pages_as_one_sequence(monkeypatch):
 
     monkeypatch.setattr(flash, "find_spec", lambda name: True)
     monkeypatch.setattr(flash, "import_module", lambda name: SimpleNamespace(flash_attn_func=stand_in))
-    with using(block_attention="flash_attn"):
+    with using(block_attention="flash_attn", dense_attention="flash_attn"):
         assert (block_attention(**args) - want).abs().max() <= 1e-5
+        pages = inputs["page_table"][0].tolist()
+        assert (dense_attention(args["q"], args["kv"], pages) - want).abs().max() <= 1e-5
         with pytest.raises(ValueError, match=r"flash_attn.*lse"):
             block_attention(**args, lse=torch.empty(1, 1, 32))
 
@@ -319,6 +324,8 @@ GOOD_CALLS = {
         "target_pages": numbers(3, 1),
     },
     rms_silu: {"x": halves(5, 16), "gamma": halves(16)},
+    conv_epilogue: {"x": halves(2, 3, 4, 16), "parts": 2},
+    join_phases: {"x": halves(2, 3, 4, 16)},
 }  # fmt: skip
 MISTAKES = [
     (qk_norm_rope_append, {"qkv": halves(1, 6, 200)}, "shape of qkv is (1, 6, 200); expected (1, 6, 256)"),
@@ -353,6 +360,14 @@ MISTAKES = [
     (rms_silu, {"gamma": halves(8)}, "shape of gamma is (8,); expected (16,)"),
     (rms_silu, {"x": halves(0, 16)}, "expected 1 or more of each"),
     (rms_silu, {"x": halves(16, 5).T}, "strides of x is"),
+    (rms_silu, {"residual": halves(4, 16)}, "shape of residual is (4, 16); expected (5, 16)"),
+    (rms_silu, {"total": torch.zeros(5, 16)}, "dtype of total is torch.float32; expected torch.bfloat16"),
+    (rms_silu, {"tail": halves(6, 16)}, "tail_pixels is 6, pixels is 5"),
+    (conv_epilogue, {"parts": 3}, "wide is 16, parts is 3"),
+    (conv_epilogue, {"bias": halves(8)}, "shape of bias is (8,); expected (16,)"),
+    (conv_epilogue, {"out": halves(2, 3, 4, 8)}, "shape of out is (2, 3, 4, 8); expected (4, 3, 4, 8)"),
+    (join_phases, {"x": halves(2, 3, 4, 18)}, "wide is 18"),
+    (join_phases, {"bias": halves(16)}, "shape of bias is (16,); expected (4,)"),
 ]
 
 

@@ -8,6 +8,7 @@ from oracles import randomise
 from inferix.errors import UsageError
 from inferix.models.wan.taehv import Grow, MemoryBlock, TinyDecoder, tiny_spec_from_shapes
 from inferix.models.wan.vae_cpu import use_cpu_layers
+from inferix.models.wan.vae_gpu import with_gpu_layers
 from inferix.models.wan.vae_spec import TAEW21, TAEW22, TinySpec
 
 SMALL = [TinySpec(16, (12, 8, 8, 4), (1, 2, 2), 1), TinySpec(48, (12, 8, 8, 4), (1, 2, 2), 2)]
@@ -31,7 +32,7 @@ def whole_clip(model, latents):
     return F.pixel_shuffle(x, model.spec.patch).clamp(0, 1)[3:] * 2 - 1
 
 
-@pytest.mark.parametrize("layers", [lambda model: model, use_cpu_layers], ids=["plain", "cpu"])
+@pytest.mark.parametrize("layers", [lambda model: model, use_cpu_layers, with_gpu_layers], ids=["plain", "cpu", "gpu"])
 @pytest.mark.parametrize("spec", SMALL, ids=["2.1", "2.2"])
 @pytest.mark.parametrize("splits", [[7], [3, 3, 1], [1] * 7, [1, 6]])
 def test_streaming_equals_the_whole_clip(spec, splits, layers):

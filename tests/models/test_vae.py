@@ -12,6 +12,7 @@ from inferix.models.decoder import StreamState
 from inferix.models.wan import vae_cpu
 from inferix.models.wan.vae import CausalVae
 from inferix.models.wan.vae_cpu import use_cpu_layers
+from inferix.models.wan.vae_gpu import InputBuffer, as_clip, use_gpu_layers, with_gpu_layers
 from inferix.models.wan.vae_names import to_original, vae_spec_from_shapes
 from inferix.models.wan.vae_spec import TINY_VAE, TINY_VAE22, WAN21_VAE, WAN22_VAE, VaeSpec
 
@@ -28,6 +29,8 @@ def as_is(vae: CausalVae) -> CausalVae:
 
 
 both_layers = pytest.mark.parametrize("layers", [as_is, use_cpu_layers], ids=["plain", "cpu"])
+all_layers = pytest.mark.parametrize("layers", [as_is, use_cpu_layers, with_gpu_layers], ids=["plain", "cpu", "gpu"])
+fast_layers = pytest.mark.parametrize("layers", [use_cpu_layers, with_gpu_layers], ids=["cpu", "gpu"])
 SPECS = pytest.mark.parametrize("spec", [SMALL, SMALL22], ids=["2.1", "2.2"])
 
 
@@ -68,7 +71,7 @@ def test_equals_diffusers(spec, layers):
     assert (got - want).abs().max() <= 1e-5
 
 
-@both_layers
+@all_layers
 @SPECS
 @pytest.mark.parametrize("splits", [[1] * 6, [3, 3], [2, 1, 3], [5, 1]])
 @torch.no_grad()
@@ -81,7 +84,7 @@ def test_decoding_in_any_split_equals_the_whole_clip(spec, splits, layers):
     assert torch.equal(parts, whole)
 
 
-@both_layers
+@all_layers
 @SPECS
 @pytest.mark.parametrize("splits", [[1, 4, 4, 4], [5, 8], [9, 4]])
 @torch.no_grad()
@@ -93,16 +96,17 @@ def test_encoding_in_any_split_equals_the_whole_clip(spec, splits, layers):
     assert torch.equal(torch.cat([vae.encode(part, state) for part in pixels.split(splits)]), whole)
 
 
-def plain_and_cpu(spec: VaeSpec, dtype: torch.dtype) -> tuple[CausalVae, CausalVae]:
+def plain_and_fast(spec: VaeSpec, dtype: torch.dtype, layers=use_cpu_layers) -> tuple[CausalVae, CausalVae]:
     plain = make(spec).to(dtype)
-    return plain, use_cpu_layers(copy.deepcopy(plain))
+    return plain, layers(copy.deepcopy(plain))
 
 
 @SPECS
+@fast_layers
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["f64", "f32"])
 @torch.no_grad()
-def test_cpu_layers_equal_the_plain_ones(spec, dtype, tolerance):
-    plain, fast = plain_and_cpu(spec, dtype)
+def test_fast_layers_equal_the_plain_ones(spec, layers, dtype, tolerance):
+    plain, fast = plain_and_fast(spec, dtype, layers)
     pixels, latents = torch.rand(9, 3, 32, 64, dtype=dtype) * 2 - 1, torch.randn(3, spec.z_dim, 4, 3, dtype=dtype)
     codes = [vae.encode(pixels, vae.new_state()) for vae in (plain, fast)]
     pictures = [vae.decode(latents, vae.new_state()) for vae in (plain, fast)]
@@ -114,13 +118,14 @@ def test_cpu_layers_equal_the_plain_ones(spec, dtype, tolerance):
 
 
 @SPECS
+@fast_layers
 @torch.no_grad()
-def test_cpu_layers_in_bfloat16_are_as_near_to_float32_as_the_plain_ones(spec):
+def test_fast_layers_in_bfloat16_are_as_near_to_float32_as_the_plain_ones(spec, layers):
     exact = make(spec)
     latents = torch.randn(2, spec.z_dim, 4, 3).bfloat16()
     want = exact.decode(latents.float(), exact.new_state())
     errors = []
-    for vae in plain_and_cpu(spec, torch.bfloat16):
+    for vae in plain_and_fast(spec, torch.bfloat16, layers):
         state = vae.new_state()
         got = vae.decode(latents, state)
         assert got.dtype is torch.bfloat16
@@ -130,10 +135,11 @@ def test_cpu_layers_in_bfloat16_are_as_near_to_float32_as_the_plain_ones(spec):
 
 
 @SPECS
+@fast_layers
 @torch.no_grad()
-def test_states_of_plain_and_cpu_layers_are_exchanged(spec):
+def test_states_of_plain_and_fast_layers_are_exchanged(spec, layers):
     """Slots, shapes and values; a history from a file is contiguous, and gives the same bits."""
-    plain, fast = plain_and_cpu(spec, torch.float64)
+    plain, fast = plain_and_fast(spec, torch.float64, layers)
     latents, rest = torch.randn(2, 2, spec.z_dim, 4, 4, dtype=torch.float64)
     states = [vae.new_state() for vae in (plain, fast)]
     for vae, state in zip((plain, fast), states, strict=True):
@@ -165,7 +171,7 @@ def test_frames_convolved_one_by_one_equal_those_of_one_stack(spec, monkeypatch)
 def test_gradients_of_cpu_layers_equal_the_plain_ones(spec):
     gradients = []
     latents = torch.randn(2, spec.z_dim, 4, 4, dtype=torch.float64)
-    for vae in plain_and_cpu(spec, torch.float64):
+    for vae in plain_and_fast(spec, torch.float64):
         vae.requires_grad_(True).decode(latents, vae.new_state()).square().sum().backward()
         gradients.append({name: weight.grad for name, weight in vae.named_parameters() if weight.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
@@ -183,6 +189,39 @@ def test_cpu_layers_keep_names_values_and_other_devices():
         elsewhere = CausalVae(SMALL)
     classes = [type(layer) for layer in elsewhere.modules()]
     assert [type(layer) for layer in use_cpu_layers(elsewhere).modules()] == classes
+
+
+@torch.no_grad()
+def test_gpu_layers_start_from_zero_caches_as_the_plain_ones():
+    plain, fast = plain_and_fast(SMALL, torch.float64, with_gpu_layers)
+    latents = torch.randn(2, SMALL.z_dim, 4, 3, dtype=torch.float64)
+    plain_state, fast_state = StreamState({}, 1), StreamState({}, 1)
+    want = plain.decode(latents, plain_state)
+    assert len(want) == 8
+    assert (fast.decode(latents, fast_state) - want).abs().max() <= 1e-10
+
+
+def test_gpu_layers_keep_names_and_values_and_are_for_a_gpu():
+    vae = make(SMALL)
+    before = {name: weight.clone() for name, weight in vae.state_dict().items()}
+    assert type(use_gpu_layers(vae)) is CausalVae
+    fast = with_gpu_layers(vae)
+    assert type(fast) is not CausalVae and fast.name == CausalVae.name
+    assert list(fast.state_dict()) == list(before)
+    assert all(torch.equal(fast.state_dict()[name], weight) for name, weight in before.items())
+
+
+def test_windows_of_an_input_buffer_are_channels_last_and_share_their_past():
+    """A layout that cuDNN takes as it is; the last frames of one window are the first of the next."""
+    history = torch.randn(1, 8, 2, 3, 5)
+    buffer = InputBuffer(torch.empty(4, 3, 5, 8), 2, [4, 4], history)
+    for number, place in enumerate(buffer.places()):
+        place.fill_(number + 1.0)
+    one, two = (as_clip(window) for window in buffer.windows())
+    assert one.shape == two.shape == (1, 8, 6, 3, 5)
+    assert all(window.is_contiguous(memory_format=torch.channels_last_3d) for window in (one, two))
+    assert torch.equal(one[:, :, :2], history) and torch.equal(two[:, :, :2], one[:, :, -2:])
+    assert torch.equal(buffer.history(), two[:, :, -2:])
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ OPEN = {
     "size": (5, NAN, "x", b"xx", np.zeros(3), ["x"], (32,), (32, NAN), (32.0, 32), (True, 32), (2**20, 2**20), (0, 32),
              (32, BIG), {"w": 32, "h": 32}),
     "actions": (None, 5, NAN, "8R", b"x", np.zeros(3), {"stay": 1}, [5]),
-    "strength": (*NOT_NUMBERS, 0, -0.5, 1.5), "fit": (None, 5, "crops"),
+    "strength": (*NOT_NUMBERS, 0, -0.5, 1.5), "fit": (None, 5, "crops"), "live": NOT_FLAGS,
     "image": (5, NAN, b"x", np.zeros(3), ["x"], (32,), "", np.zeros((32, 32, 3))),
     "video": (5, NAN, b"x", np.zeros(3), ["x"], (32,), "", np.zeros((9, 32, 32, 4), np.uint8)),
 }  # fmt: skip

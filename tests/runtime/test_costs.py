@@ -1,6 +1,7 @@
 """Costs computed from sizes, against real modules, caches, decoder states and passes."""
 
 import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from inferix.bench.dry_run import FakeCard, WithoutDriver
 from inferix.graphs.passes import Group, Pass
 from inferix.graphs.rewrites.lowp import PrecisionMap
 from inferix.kernels.linear_lowp import pack
@@ -19,6 +21,7 @@ from inferix.models.text.spec import UMT5_XXL, tiny_text
 from inferix.models.wan.taehv import TinyDecoder
 from inferix.models.wan.transformer import WanTransformer
 from inferix.models.wan.vae import CausalVae
+from inferix.models.wan.vae_gpu import with_gpu_layers
 from inferix.models.wan.vae_spec import TAEW21, TAEW22, TINY_VAE, TINY_VAE22, WAN21_VAE, WAN22_VAE, TinySpec
 from inferix.runtime.capacity.costs import (
     cross_bytes,
@@ -162,6 +165,33 @@ def test_decoding_at_full_size(name):
         assert [round(spec.decode_flops(latent, first) / 1e12, 2) for first in (True, False)] == [4.35, 13.55]
     if name == "taehv-2.1":
         assert round(3 * spec.decode_flops(latent) / 1e12, 2) == 1.63
+
+
+@pytest.mark.parametrize("name", [
+    "tiny-2.1", "taehv-2.1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("2.1", "2.2"))
+])
+@torch.no_grad()
+def test_decoding_at_full_size_on_a_gpu(name):
+    """On fake tensors of a card, where convolutions keep the layout of their input."""
+    spec, latent = DECODERS[name], MODELS["wan-1.3b"].latent_size(DEFAULT)
+    with WithoutDriver(), FakeCard():
+        with default_dtype(torch.bfloat16), torch.device("cuda"):
+            module = with_gpu_layers(family_of(MODELS["wan-1.3b"]).build_decoder(spec).eval())
+        state, frames = module.new_state(), torch.empty(3, spec.z_dim, *latent, device="cuda", dtype=torch.bfloat16)
+        for _ in range(2):
+            module.decode(frames[:1], state)
+        assert state.nbytes == decoder_state_bytes(spec, latent, "bfloat16")
+        with Live(frames, *module.parameters(), *state.history.values()) as live:
+            module.decode(frames, state)
+    assert live.peak <= spec.scratch_bytes(latent, 3, 2, on_gpu=True) <= 1.25 * live.peak
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("name", VAES)

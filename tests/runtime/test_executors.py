@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from inferix.errors import UsageError
 from inferix.graphs.lowered import lower_block, with_pages
+from inferix.kernels.own_forms import OwnForm
 from inferix.models.registry import PRESETS
 from inferix.models.wan.write_checkpoint import random_lora
 from inferix.runtime.config import EngineConfig
@@ -171,6 +172,20 @@ def test_linear_layers_in_low_precision(kind: str, most: float, plain: torch.Ten
 
 
 PACKED = (("blocks.*",), ("*",), ("blocks.*.self_attn.*", "*.up"))
+
+
+def test_queries_in_fp8_over_fp8_pages(monkeypatch) -> None:
+    """Through the plain form that rounds as `fp8_qk` does, which needs a GPU."""
+    pytest.importorskip("triton", reason="Triton is not installed; pip install triton")
+    from inferix.kernels.block_attention import SPEC as ATTENTION
+    from inferix.kernels.block_attention.fp8_qk import reference
+
+    monkeypatch.setitem(ATTENTION.own_forms, "rounded", OwnForm(ATTENTION.name, "rounded", reference, True))
+    settings = {"dtype": "float32", "kv_dtype": "fp8", "local_attn_size": 6, "spec": ONE_LAYER, **TWO_STEPS}
+    exact, low = (
+        stream(make_engine(**settings, kernels={"block_attention": name})) for name in ("reference", "rounded")
+    )
+    assert 1e-4 < off(low, exact) < 0.01
 
 
 @pytest.mark.parametrize(

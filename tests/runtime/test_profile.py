@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,8 @@ from inferix.graphs.cost import PACKED, call_cost, family
 from inferix.kernels.block_attention import block_attention
 from inferix.runtime import engine as engines
 from inferix.runtime.execution.executors import GraphExecutor
-from inferix.runtime.telemetry.profile import Ceilings, Profile, measure_ceilings
+from inferix.runtime.sinks import Pump
+from inferix.runtime.telemetry.profile import OF_A_MODEL, OTHER, Ceilings, Profile, measure_ceilings
 
 PASSES = ["noise", "denoise 0", "denoise 1", "denoise 2", "denoise 3", "commit"]
 
@@ -133,9 +136,59 @@ def test_bytes_and_operations_of_calls() -> None:
     assert cost["aten::convolution"][1] == 2 * (5 * 5 * 31) * 4
 
 
-def test_eager_has_no_calls_to_time() -> None:
-    with pytest.raises(UsageError, match=r"executor 'eager'.*fused"):
-        make_engine().executor.start_profile(None)
+def test_eager_is_timed_by_the_calls_of_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pass is a run of its own, and its outputs are those without a profile."""
+    monkeypatch.setattr(engines, "measure_ceilings", lambda device, dtype, lowp: Ceilings(1e9, 1e9))
+    engine = make_engine()
+    with engine.open(prompt_embeds=ROWS, size=SIZE, seed=1) as session:
+        (expected,) = session.stream(1, decode=False)
+    profile = engine.start_profile()
+    with engine.open(prompt_embeds=ROWS, size=SIZE, seed=1) as session:
+        (block, _) = session.stream(2, decode=False)
+    assert torch.equal(block.latents, expected.latents)
+    first, second = profile.blocks
+    assert list(profile.passes(first)) == list(profile.passes(second)) == [f"pass {index}" for index in range(5)]
+    for each in profile.blocks:
+        total = sum(run.seconds for run in each.runs)
+        assert all(run.by_call for run in each.runs)
+        assert sum(cost.seconds for cost in profile.families(each).values()) == pytest.approx(total)
+        assert profile.gaps(each) >= 0
+    read = [sum(sum(run.listed.values()) for run in block.runs) for block in profile.blocks]
+    frames, layers = engine.preset.num_frame_per_block, engine.spec.num_layers
+    assert read == [5 * layers * frames, 5 * layers * 2 * frames]  # of five passes
+    assert OTHER not in profile.families(second)
+    assert OF_A_MODEL in profile.text()
+
+
+def test_an_op_without_a_cost_is_timed_as_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = Profile("a model", torch.device("cpu"), Ceilings(1e9, 1e9))
+    profile.observe(lambda: torch.linalg.inv(torch.eye(3)) + 1)
+    profile.end_block(0, {"denoise": 1.0}, dict)
+    families = profile.families(profile.blocks[0])
+    assert families[OTHER].seconds > 0 and families[OTHER].flops == families[OTHER].bytes == 0
+    assert families["elementwise"].flops > 0
+
+
+def test_a_trace_shows_when_sinks_take_frames() -> None:
+    class Sink:
+        when_full, full = "wait", False
+
+        def __enter__(self):
+            return self
+
+        def add(self, frames):
+            time.sleep(0.01)
+
+        def __exit__(self, *error):
+            return None
+
+    profile = Profile("a model", torch.device("cpu"), Ceilings(1e9, 1e9))
+    blocks = [SimpleNamespace(frames=torch.zeros(1).numpy()) for _ in range(2)]
+    with Pump(blocks, Sink(), note=profile.note_feed) as pump:
+        assert len(list(pump)) == 2
+    shown = [event for event in profile.trace()["traceEvents"] if event.get("tid") == 4 and event["ph"] == "X"]
+    assert [event["name"] for event in shown] == ["take frames"] * 2
+    assert shown[0]["ts"] + shown[0]["dur"] <= shown[1]["ts"] and min(event["dur"] for event in shown) >= 0.009e6
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])

@@ -14,12 +14,12 @@ from thread_ranks import difference, pair, thread_engine
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from inferix import load
+from inferix import UsageError, load
 from inferix.models.registry import MODELS
 from inferix.runtime.capacity.costs import token_layers
 from inferix.runtime.engine import Engine
 from inferix.runtime.sessions.session import Session
-from inferix.schemes.layouts import BRANCHES, HEADS, JOINT, TOKENS
+from inferix.schemes.layouts import BRANCHES, HEADS, JOINT, LAYERS, TOKENS
 
 LIMIT = 1e-10
 OTHER = ROWS.flip(0) * 1.5
@@ -41,6 +41,7 @@ SHORT: dict[str, dict[str, object]] = {
 QUICK = {  # the others run with the slow tests
     ("averaged sink", "ulysses"), ("averaged sink", "pass-q"), ("guidance", "ulysses"), ("staggered", "ulysses"),
     ("actions, learned positions", "pass-q"), ("guidance", BRANCHES), ("sink, prompt switch", JOINT),
+    ("rebuilt context", LAYERS),
 }  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def stream(engine: Engine, path: Path) -> Tensor:
 
 
 def cases() -> list[object]:
-    two = [(name, layout, 2) for name in STREAMS for layout in (HEADS, TOKENS)]
+    two = [(name, layout, 2) for name in STREAMS for layout in (HEADS, TOKENS, LAYERS)]
     two.append(("guidance", BRANCHES, 2))
     four = [(name, JOINT, 4) for name in STREAMS]
     four += [("guidance", f"{BRANCHES}+{layout}", 4) for layout in (HEADS, TOKENS)]
@@ -124,6 +125,7 @@ def test_other_heads_and_more_ranks_make_the_stream_of_one(model: str, ranks: in
         *(
             pytest.param(*one, marks=pytest.mark.slow)
             for one in (
+                ("magi-tiny", LAYERS, 2), ("magi-tiny-distill", LAYERS, 2),
                 ("magi-tiny", HEADS, 2), ("magi-tiny", TOKENS, 2), ("magi-tiny", JOINT, 4),
                 ("magi-tiny", f"{BRANCHES}+{HEADS}", 4), ("magi-tiny", f"{BRANCHES}+{TOKENS}", 4),
                 ("magi-tiny-distill", BRANCHES, 2), ("magi-tiny-distill", f"{BRANCHES}+{TOKENS}", 4),
@@ -178,7 +180,8 @@ def test_divided_weights_make_the_stream_of_one(
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "layout", "ranks"), [
     ("self-forcing", HEADS, 2), ("rebuilt context", HEADS, 2), ("staggered", TOKENS, 2), ("guidance", BRANCHES, 2),
-    ("actions, learned positions", JOINT, 4), ("sink, prompt switch", JOINT, 4),
+    ("actions, learned positions", JOINT, 4), ("sink, prompt switch", JOINT, 4), ("self-forcing", LAYERS, 2),
+    ("staggered", LAYERS, 2),
 ])  # fmt: skip
 def test_graphs_over_ranks_make_the_stream_of_one(name: str, layout: str, ranks: int, tmp_path: Path) -> None:
     preset, overrides = STREAMS[name]
@@ -187,8 +190,25 @@ def test_graphs_over_ranks_make_the_stream_of_one(name: str, layout: str, ranks:
         assert difference(stream(ranked, tmp_path / "two"), stream(alone, tmp_path / "one")) <= LIMIT
 
 
+def test_ranks_hold_consecutive_layers_and_their_pages() -> None:
+    spec = dataclasses.replace(MODELS["wan-ranks"], num_layers=3)
+    with pair("self-forcing", LAYERS, 2, spec=spec, denoising_step_list=[1000]) as (alone, ranked):
+        whole = dict(alone.parts.transformer.named_parameters())
+        rows = torch.ones(3, spec.text_dim, dtype=torch.float64)
+        with ranked.open(prompt_embeds=rows) as session:
+            list(session.stream(1, decode=False))
+            for local, own in zip(ranked.resources.worker.locals, (range(2), range(2, 3)), strict=True):
+                layers = [name for name in whole if name.startswith("blocks.") and int(name.split(".")[1]) in own]
+                rest = [name for name in whole if not name.startswith("blocks.")]
+                names = dict(local.parts.transformer.named_parameters())
+                assert sum(map(torch.numel, names.values())) == sum(whole[name].numel() for name in (*layers, *rest))
+                assert all(len(store.kv) == len(own) for store in local.stores.values())
+        with pytest.raises(UsageError, match=r"use_lora.*layers"):
+            ranked.use_lora("style.safetensors")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [HEADS, TOKENS, JOINT])
+@pytest.mark.parametrize("layout", [HEADS, TOKENS, JOINT, LAYERS])
 def test_a_world_of_four_ranks_goes_on_with_one_and_with_two(layout: str, tmp_path: Path) -> None:
     spec, settings = MODELS["wan-ranks"], {"local_attn_size": 6, "sink_size": 1, "denoising_step_list": [1000]}
     rows = torch.randn(3, spec.text_dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

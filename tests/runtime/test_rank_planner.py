@@ -13,6 +13,7 @@ from oracles import ROWS, SIZE
 from thread_ranks import grid_of, pair, thread_engine
 
 from inferix import UsageError, load
+from inferix.bench import rank_links
 from inferix.models.registry import MODELS, family_of, make_preset
 from inferix.runtime.capacity import memory_check, rank_planner
 from inferix.runtime.capacity.available_memory import Available
@@ -22,7 +23,7 @@ from inferix.runtime.capacity.planner import Ceiling, Workload, steady_blocks
 from inferix.runtime.capacity.rank_planner import LINKS, choose, plans, read_link
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.sampler import scheduled_blocks
-from inferix.schemes.layouts import BRANCHES, HEADS, JOINT, TOKENS, Divided, RankGrid, choose_layout
+from inferix.schemes.layouts import BRANCHES, HEADS, JOINT, LAYERS, TOKENS, Divided, RankGrid, choose_layout
 
 H200 = CARDS["h200"]
 CEILING = Ceiling(H200.tflops, H200.bandwidth, "maker's figures")
@@ -38,7 +39,9 @@ def options(load: Workload, gpus: int, link: str = "nvlink", memory: int = H200.
     return list(plans(load, gpus, memory, CEILING, LINKS[link]))
 
 
-@pytest.mark.parametrize(("layout", "ranks"), [(HEADS, 2), (TOKENS, 2), pytest.param(JOINT, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("layout", "ranks"), [(HEADS, 2), (TOKENS, 2), (LAYERS, 2), pytest.param(JOINT, 4, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ("preset", "settings"),
     [
@@ -123,8 +126,30 @@ def test_a_model_that_one_gpu_cannot_hold_is_not_planned_on_one() -> None:
     assert best.ranks > 1 and not best.shard_weights
     divided, reason = choose(options(load, 4, memory=needs[4] - 1), "latency")
     assert divided.shard_weights and "shard_weights" in reason and divided.ranks == 4
-    with pytest.raises(UsageError, match=f"{divided.memory / 1e9:.1f} GB"):
-        choose(options(load, 4, memory=divided.memory // 2), "latency")
+    least = min(one.memory for one in options(load, 4, memory=1))
+    with pytest.raises(UsageError, match=f"{least / 1e9:.1f} GB"):
+        choose(options(load, 4, memory=least - 1), "latency")
+
+
+def test_layers_are_offered_where_nothing_else_fits_and_the_reason_says_so() -> None:
+    load = replace(workload("wan-14b", "krea"), executor="captured")
+    roomy, tight = options(load, 2), options(load, 2, memory=25 * 10**9)
+    assert not any(one.layout == LAYERS for one in roomy)
+    (layers,) = [one for one in tight if one.layout == LAYERS]
+    rest = min(one.memory for one in tight if one is not layers)
+    assert layers.memory <= 25 * 10**9 < rest and layers.shard_weights is False
+    best, reason = choose(tight, "latency")
+    assert best is layers and f"{rest / 1e9:.1f} GB" in reason
+    assert layers.computing == pytest.approx(next(one for one in roomy if one.ranks == 1).computing)  # one by one
+
+
+def test_settings_that_ranks_with_layers_do_not_take_are_refused_by_name() -> None:
+    for key, value in (("shard_weights", True), ("lowp_keep", ("blocks.0.*",)), ("lowp_layers", "blocks.1.*")):
+        more = {} if key == "shard_weights" else {"lowp": "int8", "executor": "fused"}
+        with pytest.raises(UsageError, match=rf"{key}.*layers"):
+            EngineConfig.of("wan-tiny", "self-forcing", device="cpu", gpus=2, parallel=LAYERS, **{key: value}, **more)
+    with pytest.raises(UsageError, match=r"gpus is 3.*2 layers.*gpus=2"):
+        choose_layout(Divided(2, 2, (4, 6), layers=2), 3, LAYERS)
 
 
 @pytest.mark.parametrize("link", LINKS)
@@ -136,6 +161,20 @@ def test_load_takes_the_layout_that_the_planner_predicts_to_be_faster(model: str
         if same:
             fastest = min(same, key=lambda one: one.block)
             assert choose_layout(rank_planner.divided_of(load), ranks).layout == fastest.layout
+
+
+def test_a_link_between_ranks_is_measured_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_links, "LARGE", 1 << 16)
+    monkeypatch.setattr(rank_links, "CALLS", 2)
+    with pair("self-forcing", HEADS) as (_, engine):
+        monkeypatch.setattr(rank_links, "load", lambda *given, **settings: engine)
+        result = rank_links.measure(2, "cpu", lambda line: None)
+    rank_links.write(result, tmp_path / "link.json")
+    link = read_link(str(tmp_path / "link.json"))
+    assert (link.bandwidth, link.latency) == (result["bandwidth"], result["latency"])
+    assert link.bandwidth > 0 and link.latency > 0 and "link.json" in link.source
+    with pytest.raises(UsageError, match="gpus is 1"):
+        rank_links.measure(1, "cpu", lambda line: None)
 
 
 def test_a_measured_link_replaces_the_assumed_one(tmp_path: Path) -> None:
@@ -168,7 +207,7 @@ def test_what_cannot_be_divided_is_refused_with_the_nearest_that_works(divided, 
 def test_memory_is_checked_for_a_rank_and_on_a_cpu_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, preset = MODELS["wan-14b"], make_preset("self-forcing")
     load = workload("wan-14b")
-    both = 2 * rank_planner.rank_memory(replace(load, dtype="float32", kv_dtype="float32"), RankGrid(2), 1)
+    both = 2 * rank_planner.rank_memory(replace(load, dtype="float32", kv_dtype="float32"), RankGrid(2), 1, decoders=2)
     config = EngineConfig.of("wan-14b", "self-forcing", device="cpu", gpus=2)
     check = MemoryCheck(config, preset)
     for count, fits in ((both, True), (both - 1, False)):

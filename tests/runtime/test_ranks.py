@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +16,15 @@ import pytest
 import torch
 from oracles import SIZE
 from safetensors.torch import save_file
-from thread_ranks import difference, pair
+from thread_ranks import difference, pair, socketpair
 from torch import Tensor
 
 from inferix import RankFailed, UsageError, load
+from inferix.errors import SessionEnded
 from inferix.models.wan.write_checkpoint import random_lora
 from inferix.runtime.engine import Engine
+from inferix.runtime.parallel.messages import Connection, Message
+from inferix.runtime.parallel.peers import Peer, Peers
 from inferix.runtime.plans import Offload, PassPlan
 from inferix.runtime.sessions.session import Session
 
@@ -69,6 +73,16 @@ def test_two_processes_make_the_stream_of_one_and_go_on_with_each_others_saves(
     assert difference(resumed(ranked, tmp_path / "one"), rest) <= LIMIT
     assert difference(resumed(alone, tmp_path / "two"), rest) <= LIMIT
     ranked.check_integrity()
+
+
+@pytest.mark.slow
+def test_two_processes_decode_the_pictures_of_one(alone: Engine, ranked: Engine) -> None:
+    made = []
+    for engine in (alone, ranked):
+        with engine.open(prompt_embeds=ROWS, seed=4) as session:
+            made += [block.frames.astype(int) for block in session.stream(1)]
+    assert ranked.parts.shard.columns.size == 2
+    assert abs(made[0] - made[1]).max() <= 1  # a rounded number may differ by one
 
 
 def test_settings_that_ranks_cannot_divide_are_refused_with_the_nearest_that_work(ranked: Engine) -> None:
@@ -150,6 +164,39 @@ def test_a_rank_that_hangs_is_named_after_the_timeout(monkeypatch: pytest.Monkey
         monkeypatch.setattr(rank_process, "run", hangs)
         with pytest.raises(RankFailed, match=r"rank 1 .*0.5 s: it hangs"):
             blocks(session, 1)
+
+
+def test_sessions_end_with_the_ranks_of_their_engine() -> None:
+    with pair("self-forcing", "ulysses") as (_, engine):
+        sessions = [engine.open(prompt_embeds=ROWS[:, :16], size=SIZE) for _ in range(2)]
+        assert engine.fault is None
+        engine.resources.worker.peers.fail("rank 1 was lost")
+        with pytest.raises(RankFailed, match="rank 1 was lost"):
+            engine.run(keep=True)
+        assert engine.fault is not None and "rank 1 was lost" in engine.fault
+        for session in sessions:
+            with pytest.raises(SessionEnded, match="rank 1 was lost"):
+                blocks(session, 1)
+
+
+def test_rank_0_that_failed_alone_is_known_by_ranks_that_wait_for_it() -> None:
+    mine, theirs = (Connection(end) for end in socketpair())
+    peers = Peers([Peer(1, mine, 0, "test")], timeout=60)
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(0.05):
+            theirs.send(Message("beat", {"waits": True}))
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    begun = time.monotonic()
+    assert not peers.all_failed()
+    assert time.monotonic() - begun < 30  # seconds; no measure of speed: without the beats it would wait for 60
+    over.set()
+    thread.join()
+    peers.close()
+    theirs.close()
 
 
 @pytest.mark.slow

@@ -12,11 +12,13 @@ from thread_ranks import socketpair
 
 from inferix import InferixError, UsageError, load
 from inferix.models.registry import MODELS, make_preset
+from inferix.runtime.parallel import identity as identities
 from inferix.runtime.parallel.identity import difference, identity
 from inferix.runtime.parallel.messages import HEADER, Connection, Message
 from inferix.runtime.parallel.rendezvous import LOCAL, Place, join_store
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "here", "MASTER_PORT": "29500"}
+CPU = torch.device("cpu")
 SRUN = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 
 
@@ -55,13 +57,21 @@ def test_ranks_with_other_files_or_sizes_differ(tmp_path: Path) -> None:
     spec, preset = MODELS["wan-ranks"], make_preset("self-forcing")
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(1 << 20))
-    here = identity(spec, preset, [file])
-    assert difference(here, identity(spec, preset, [file])) is None
+    here = identity(spec, preset, [file], CPU)
+    assert difference(here, identity(spec, preset, [file], CPU)) is None
     file.write_bytes(bytes((1 << 20) - 1) + b"\1")
-    differing = difference(here, identity(spec, preset, [file]))
+    differing = difference(here, identity(spec, preset, [file], CPU))
     assert differing is not None and differing[0] == "checkpoint"
-    other = difference(here, identity(replace(spec, num_layers=3), preset, []))
+    other = difference(here, identity(replace(spec, num_layers=3), preset, [], CPU))
     assert other == ("model.num_layers", 4, 3)
+
+
+def test_ranks_with_other_kinds_of_gpu_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, preset, found = MODELS["wan-ranks"], make_preset("self-forcing"), []
+    for card in ("H100 sm_90", "A100 sm_80"):
+        monkeypatch.setattr(identities, "card_of", lambda device, card=card: card)
+        found.append(identity(spec, preset, [], CPU))
+    assert difference(*found) == ("device", "H100 sm_90", "A100 sm_80")
 
 
 def test_messages_carry_values_plans_and_tensors() -> None:

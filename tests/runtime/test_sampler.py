@@ -92,6 +92,8 @@ def test_strength_scales_the_schedule():
     whole, part = (Sampler(SamplerSpec((1000, 750, 500), True, 5.0, 0.0), strength) for strength in (1.0, 0.5))
     assert part.timesteps == Sampler(SamplerSpec((500, 375, 250), True, 5.0, 0.0)).timesteps
     assert part.sigmas[0] < whole.sigmas[0] == 1.0
+    spec = SamplerSpec((), False, 1.0, 0.0, solver="unipc", num_steps=3)
+    assert Sampler(spec, 0.5).sigmas == pytest.approx([sigma / 2 for sigma in Sampler(spec).sigmas])
     for strength in (0, -0.1, 1.01):
         with pytest.raises(UsageError, match="strength"):
             Sampler(whole.spec, strength)

@@ -628,6 +628,49 @@ def test_a_video_is_started_from_with_a_strength():
         engine.open(prompt_embeds=ROWS, size=SIZE, strength=0.5)
 
 
+@torch.no_grad()
+def test_a_live_video_gives_the_blocks_of_the_same_video_in_a_file(tmp_path):
+    """Block by block; also after a rewind, which goes back to the pictures of that time, and in a fork."""
+    engine = make_engine(rewind_blocks=2)
+    video = torch.randint(0, 256, (33, 32, 32, 3), dtype=torch.uint8).numpy()
+    kwargs = {"prompt_embeds": ROWS, "size": SIZE, "strength": 0.4}
+    with engine.open(**kwargs, video=video) as session:
+        whole = [block.latents for block in session.stream(2, decode=False)]
+    with engine.open(**kwargs, live=True) as session:
+        assert session.pictures_wanted == 9
+        session.feed(video[:9])
+        assert session.pictures_wanted == 0
+        with pytest.raises(UsageError, match="pictures"):
+            session.feed(video[9:21])
+        (first,) = session.stream(1, decode=False)
+        assert session.pictures_wanted == 12
+        for wrong in (video[9:20], video[9:21, :16], video[9:21].astype(float), None, "x.mp4"):
+            with pytest.raises(UsageError, match="pictures"):
+                session.feed(wrong)
+        with pytest.raises(UsageError, match="live"):
+            session.save(tmp_path / "x")
+        session.feed(video[9:21])
+        twin = session.fork()
+        second, again = (next(each.stream(1, decode=False)).latents for each in (session, twin))
+        assert torch.equal(first.latents, whole[0]) and torch.equal(second, whole[1]) and torch.equal(again, whole[1])
+        session.rewind(1)
+        assert session.pictures_wanted == 0
+        assert torch.equal(next(session.stream(1, decode=False)).latents, whole[1])
+        assert session.current.live.first == 3 and len(session.current.live.latents) == 3
+        session.feed(video[21:])
+        assert (session.current.live.first, session.current.live.end) == (6, 9)
+        twin.close()
+    with engine.open(**kwargs, live=True) as session, pytest.raises(InferixError, match="block 0"):
+        next(session.stream(1))
+    for wrong in ({"strength": None}, {"video": video}, {"image": video[0]}, {"live": 1}):
+        with pytest.raises(UsageError, match="live"):
+            engine.open(**kwargs | {"live": True} | wrong)
+    with pytest.raises(UsageError, match="blocks in flight"):
+        make_engine("rolling-forcing").open(**kwargs, live=True)
+    with engine.open(prompt_embeds=ROWS, size=SIZE) as session, pytest.raises(UsageError, match="pictures"):
+        session.feed(video[:9])
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [

@@ -65,7 +65,9 @@ class ThreadRank:
 
 
 def part_groups(shard: Shard) -> set[int]:
-    return {shard.group, shard.heads.group, shard.tokens.group}
+    stage = shard.stage
+    own = {shard.group, shard.heads.group, shard.tokens.group, shard.columns.group}
+    return own | {stage.before, stage.after, stage.group, shard.every}
 
 
 class Alive(Peers):
@@ -77,12 +79,15 @@ class Alive(Peers):
         return super()._hung(now)
 
 
-def groups_of(grid: RankGrid, shard_weights: bool = False) -> list[tuple[RankGroup, Shard]]:
+def groups_of(
+    grid: RankGrid, shard_weights: bool = False, shard_decoder: bool = False
+) -> list[tuple[RankGroup, Shard]]:
     store = dist.TCPStore(LOCAL, 0, grid.ranks, True, timedelta(seconds=60), wait_for_workers=False)
     places = [Place(rank, grid.ranks, rank, LOCAL, store.port, hosted=True) for rank in range(grid.ranks)]
 
     def joined(place: Place) -> tuple[RankGroup, Shard]:
-        return join_grid(join_store(place), place, grid, "test", torch.device("cpu"), TIMEOUT, shard_weights)
+        device = torch.device("cpu")
+        return join_grid(join_store(place), place, grid, "test", device, TIMEOUT, shard_weights, shard_decoder)
 
     with ThreadPoolExecutor(grid.ranks) as pool:
         return list(pool.map(joined, places))
@@ -99,7 +104,7 @@ def parts_of(engine: Engine, shard: Shard) -> Components:
     """A rank's part of the weights, as it would load them."""
     parts, spec = dataclasses.replace(engine.parts, shard=shard), engine.spec
     family = family_of(spec)
-    if (shards := family.weight_shards(spec, shard.weights)) is None:
+    if (shards := family.weight_shards(spec, shard.weights, shard.stage)) is None:
         return parts
     weights = Checkpoint(Path("test"), "test", (), engine.parts.transformer.state_dict(), spec, None)
     own = family.load(weights, engine.config.precision, engine.dtype, engine.device, shards=shards)
@@ -121,11 +126,15 @@ def one_traces_at_a_time() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def thread_engine(engine: Engine, ranks: int, layout: str, shard_weights: bool = False) -> Iterator[Engine]:
+def thread_engine(
+    engine: Engine, ranks: int, layout: str, shard_weights: bool = False, shard_decoder: bool = False
+) -> Iterator[Engine]:
     """An engine of the same settings and weights whose passes run on threads, one a rank; they end with the context."""
-    config = dataclasses.replace(engine.config, gpus=ranks, shard_weights=shard_weights)
+    config = dataclasses.replace(
+        engine.config, gpus=ranks, shard_weights=shard_weights, shard_decoder=shard_decoder
+    )
     groups, workers = list[RankGroup](), list[LocalWorker]()
-    for group, shard in groups_of(grid_of(engine, ranks, layout), shard_weights):
+    for group, shard in groups_of(grid_of(engine, ranks, layout), shard_weights, shard_decoder):
         groups.append(group)
         workers.append(LocalWorker(config, engine.preset, parts_of(engine, shard)))
     peers, threads = [], []
@@ -153,11 +162,12 @@ def socketpair() -> tuple[socket.socket, socket.socket]:
 
 @contextlib.contextmanager
 def pair(
-    preset: str, layout: str, ranks: int = 2, shard_weights: bool = False, **overrides: object
+    preset: str, layout: str, ranks: int = 2, shard_weights: bool = False, shard_decoder: bool = False,
+    **overrides: object,
 ) -> Iterator[tuple[Engine, Engine]]:
     """Engines of a preset on one rank, and on several, with the same weights."""
     alone = make_engine(preset, **overrides)
-    with thread_engine(alone, ranks, layout, shard_weights) as ranked:
+    with thread_engine(alone, ranks, layout, shard_weights, shard_decoder) as ranked:
         yield alone, ranked
 
 

@@ -2,20 +2,25 @@
 
 import asyncio
 import base64
+import hmac
 import json
 import random
 import re
+import time
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
 
 import httpx
 import msgpack
 import pytest
 import websockets
-from live_client import PROMPT, Client, serving
+from live_client import PROMPT, WAIT, Client, serving
 from typer.testing import CliRunner
 
 from inferix.cli.main import app
 from inferix.errors import UsageError
-from inferix.serve.access import TOKEN_PROTOCOL
+from inferix.serve.access import TOKEN_PROTOCOL, Access
 from inferix.serve.page_files import PAGE
 from inferix.serve.protocol import Codec, json_schema
 from inferix.serve.refusals import Refusal
@@ -25,7 +30,7 @@ from inferix.serve.settings import ServeSettings, check_limits, read_token
 TOKEN = "a-token-of-enough-length"
 SETTINGS = ServeSettings(
     token=TOKEN, sessions=2, queue=0, prompt_characters=200, message_bytes=4096, upload_bytes=10_000,
-    start_seconds=1.0, messages_per_second=100.0, realtime=False,
+    start_seconds=1.0, stall_seconds=2.0, messages_per_second=100.0, realtime=False,
 )  # fmt: skip
 
 
@@ -80,6 +85,18 @@ def test_the_websocket_needs_the_token_too(served):
         assert refused.value.response.status_code == 403
 
     asyncio.run(knock())
+
+
+def test_tokens_are_compared_as_hashes_in_constant_time(monkeypatch):
+    """Whatever a token's length and beginning, two hashes are compared, by the function that takes constant time."""
+    compared, compare = [], hmac.compare_digest
+    monkeypatch.setattr("hmac.compare_digest", lambda one, other: compared.append((one, other)) or compare(one, other))
+    guarded = Access(None, TOKEN, (), 1, 1.0)
+    for token in (TOKEN, TOKEN[:-1] + "x", "x" + TOKEN[1:], "", "x" * 5000, "é"):
+        headers = [(b"host", b"x"), (b"authorization", f"Bearer {token}".encode())]
+        refused = guarded.refusal({"type": "http", "path": "/", "headers": headers})
+        assert (refused is None) == (token == TOKEN)
+    assert len(compared) == 6 and all(len(one) == len(other) == 32 for one, other in compared)
 
 
 def test_without_a_token_only_this_machine_is_served(tmp_path):
@@ -184,18 +201,51 @@ def test_messages_that_are_too_long_too_many_or_never_come(served):
     asyncio.run(misuse())
 
 
-def test_half_open_sockets_hold_no_place(served):
-    for start in (b"", b"GET /v1/live HTTP/1.1\r\n", b"\x16\x03\x01\x02\x00", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"):
-        with served.raw_socket() as socket:
-            socket.sendall(start)
+UPLOAD = f"POST /v1/worlds HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 99\r\n\r\nabc"
 
-    async def still_served():
-        async with served.connect(TOKEN) as socket, Client(socket) as client:
-            await client.open()
-            await client.send("stop")
-            await client.until("ended")
 
-    asyncio.run(still_served())
+def test_half_open_sockets_hold_no_place_and_are_closed_in_time(served):
+    """Sockets that stay open and go no further: a session goes on beside them, and each is answered or closed."""
+    parts = [b"", b"GET /v1/live HTTP/1.1\r\n", b"\x16\x03\x01\x02\x00", UPLOAD.encode()]
+    with ExitStack() as opened:
+        sockets = [opened.enter_context(served.raw_socket()) for _ in range(3) for _ in parts]
+        for socket, part in zip(sockets, parts * 3, strict=True):
+            socket.sendall(part)
+
+        async def still_served():
+            async with served.connect(TOKEN) as socket, Client(socket) as client:
+                await client.open()
+                await client.until("state")
+                await client.send("stop")
+                await client.until("ended")
+
+        asyncio.run(still_served())
+        for first in range(0, len(sockets), len(parts)):
+            silent, cut, other, upload = sockets[first : first + len(parts)]
+            assert silent.recv(1) == cut.recv(1) == b"" and b" 400 " in other.recv(4096)
+            answer = upload.recv(4096)
+            while b"stall_seconds" not in answer and (more := upload.recv(4096)):
+                answer += more
+            assert b" 408 " in answer and b"stall_seconds" in answer
+
+
+def test_a_client_that_answers_no_pings_is_disconnected(monkeypatch, tmp_path):
+    """A WebSocket by hand that opens a session and is silent: its session waits for it, and then frees its memory."""
+    monkeypatch.setattr("inferix.serve.server.PING_SECONDS", 0.3)
+    with serving(ServeSettings(resume_seconds=0.3), tmp_path) as own, own.raw_socket() as socket:
+        key = base64.b64encode(b"x" * 16).decode()
+        head = "GET /v1/live HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        socket.sendall(f"{head}Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode())
+        assert b" 101 " in socket.recv(4096)
+        text = json.dumps({"type": "open", "id": 1, "prompt": PROMPT}).encode()
+        socket.sendall(bytes([0x81, 0x80 | len(text), 0, 0, 0, 0]) + text)
+        until = time.monotonic() + WAIT
+        while not own.server.live.sessions and time.monotonic() < until:
+            time.sleep(0.02)
+        assert own.server.live.sessions
+        while own.server.live.sessions and time.monotonic() < until:
+            time.sleep(0.02)
+        assert not own.server.live.sessions
 
 
 def fuzzed(numbers, count):
@@ -246,6 +296,61 @@ def test_fuzzed_messages_are_read_or_refused():
 @pytest.mark.slow
 def test_many_fuzzed_messages_are_read_or_refused():
     assert read_all(random.Random(1), 100_000)
+
+
+@pytest.mark.slow
+def test_a_server_outlives_fuzzed_messages(tmp_path, caplog):
+    """100,000 messages, on as many connections as it takes: another session goes on, and nothing grows or is left."""
+    settings = ServeSettings(sessions=3, queue=0, messages_per_second=1e6, resume_seconds=0.1, realtime=False)
+    counts = Counter()
+
+    async def spray(served, messages):
+        """Send messages until the server has had enough of this connection; returns how many were sent."""
+        protocol, sent = random.Random(len(messages)).choice(["inferix.json", "inferix.msgpack"]), 0
+        async with served.connect(subprotocols=[protocol]) as socket:
+            try:
+                while messages and sent < 200:
+                    data = messages.pop()
+                    sent += 1
+                    await socket.send(data if protocol == "inferix.msgpack" else data.decode("utf-8", "replace"))
+            except websockets.ConnectionClosed as closed:
+                counts[closed.rcvd.code if closed.rcvd else None] += 1
+
+    async def watch(served, over):
+        async with served.connect() as socket, Client(socket) as client:
+            await client.open(media=["jpeg"])
+            while not over.is_set():
+                await client.until("state")
+                client.events.clear()
+                client.payloads.clear()
+            await client.send("stop")
+            await client.until("ended")
+
+    async def attack(served):
+        over, messages = asyncio.Event(), list(fuzzed(random.Random(2), 100_000))
+        watching = asyncio.create_task(watch(served, over))
+        half = len(messages) // 2
+        while messages:
+            assert not watching.done()
+            await asyncio.gather(*(spray(served, messages) for _ in range(4)))
+            if len(messages) > half:
+                counts["memory"] = resident()
+        over.set()
+        await watching
+        while served.server.live.sessions:
+            await asyncio.sleep(0.05)
+
+    with serving(settings, tmp_path) as served:
+        asyncio.run(attack(served))
+        print(dict(counts), resident() - counts["memory"])
+        assert resident() - counts["memory"] < 64 << 20
+        assert served.server.host.engine.metrics()["gauges"]["pages_in_use"] == 0
+        assert not [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")]
+
+
+def resident():
+    """Resident memory of this process in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def test_settings_are_checked(tmp_path):

@@ -4,17 +4,22 @@ import asyncio
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import msgpack
 import numpy as np
 import pytest
+import torch
 import websockets
 from live_client import PROMPT, WAIT, Client, serving, small_engine
+from safetensors.torch import save_file
 
+from inferix.runtime.sessions.session_file import NOTE
 from inferix.serve.outbox import Outbox
 from inferix.serve.protocol import MEDIA
 from inferix.serve.settings import ServeSettings
+from inferix.serve.worlds import Worlds
 
 
 @pytest.fixture(scope="module")
@@ -206,13 +211,14 @@ def test_sessions_of_gone_clients_free_their_memory(tmp_path):
 
 
 def test_a_stopped_server_drains_and_saves(tmp_path):
+    """The next server of the folder goes on with the world: its file says prompt and seed, and so does a copy of it."""
     settings = ServeSettings(save_on_exit=True, drain_seconds=30)
     saved = {}
 
     async def walk(served):
         socket = await served.connect()
         client = Client(socket)
-        await client.open()
+        await client.open(seed=7)
         await client.until("state")
         served.runner.request_drain()
         saved.update(await client.until("ended"))
@@ -222,7 +228,35 @@ def test_a_stopped_server_drains_and_saves(tmp_path):
     with serving(settings, tmp_path) as served:
         run(walk(served))
     assert saved["code"] == "draining"
-    assert (tmp_path / "worlds" / f"{saved['world']}.safetensors").is_file()
+    world = tmp_path / "worlds" / f"{saved['world']}.safetensors"
+
+    async def go_on(served):
+        copy = httpx.post(f"{served.url}/v1/worlds", content=world.read_bytes()).json()["id"]
+        async with served.connect() as socket, Client(socket) as client:
+            opened = await client.open(world=saved["world"])
+            assert (opened["prompt"], opened["seed"]) == (PROMPT, 7) and opened["next_block"] > 0
+            await client.applied("restore", world=copy)
+            state = await client.until("state")
+            assert (state["prompt"], state["seed"]) == (PROMPT, 7)
+            assert (await client.applied("seed", seed=8))["block"] == 0
+
+    with serving(settings, tmp_path) as served:
+        run(go_on(served))
+
+
+@pytest.mark.parametrize(
+    ("note", "about"),
+    [
+        (None, (None, None)), ("", (None, None)), ("{", (None, None)), ("[1]", (None, None)), ("[" * 999, (None, None)),
+        ('{"prompt": "a fox", "seed": 3}', ("a fox", 3)), ('{"prompt": "", "seed": -1}', (None, None)),
+        ('{"prompt": "' + "x" * 21 + '", "seed": true}', (None, None)), ('{"prompt": 5, "seed": 3.5}', (None, None)),
+    ],
+)  # fmt: skip
+def test_what_a_file_says_of_its_world_is_checked(tmp_path, note, about):
+    worlds = Worlds(tmp_path, 1, 20)
+    world, path = worlds.new()
+    save_file({"x": torch.zeros(1)}, path, None if note is None else {NOTE: note})
+    assert worlds.about(world) == about
 
 
 def test_the_outbox_drops_the_oldest_blocks_and_keeps_their_receipts():
@@ -240,11 +274,20 @@ def test_the_outbox_drops_the_oldest_blocks_and_keeps_their_receipts():
 
 
 @pytest.mark.slow
-def test_a_thousand_reconnects_leave_nothing_behind(served):
+def test_ten_thousand_reconnects_leave_nothing_behind(served):
+    """Memory after the last is that after the first thousand, and so are the open files."""
+    memory, files = [], []
+
+    def look():
+        memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+        files.append(len(list(Path("/proc/self/fd").iterdir())))
+
     async def walk():
         async with served.connect() as socket, Client(socket) as client:
             opened = await client.open()
-        for _ in range(1000):
+        for count in range(10_000):
+            if count == 1000:
+                look()
             async with served.connect() as socket, Client(socket) as client:
                 await client.send("attach", session=opened["session"], resume=opened["resume"])
                 await client.until("opened")
@@ -260,6 +303,9 @@ def test_a_thousand_reconnects_leave_nothing_behind(served):
             connections = served.server.metrics.registry.get_sample_value("inferix_connections")
 
     run(walk())
+    look()
+    print(f"memory {memory}, files {files}")
+    assert memory[1] - memory[0] < 64 << 20 and files[1] <= files[0]
     assert served.server.host.engine.metrics()["gauges"]["pages_in_use"] == 0
 
 

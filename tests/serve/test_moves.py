@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
-import threading
+import time
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
 import websockets
 from live_client import PROMPT, WAIT, Client, serving, small_engine
+from routers import routing
 
 from inferix.serve.checkpoints import Checkpoint, Checkpoints, knows, token_hash
 from inferix.serve.protocol import Act, Fork, Prompt
 from inferix.serve.refusals import Refusal
-from inferix.serve.router import Router, make_router_app
-from inferix.serve.routing import ControlMemory, ReplicaFacts, Scaling, choose
-from inferix.serve.server import ReadyServer, address_of, config_of, listen
+from inferix.serve.router import Router
+from inferix.serve.routing import ControlMemory, ReplicaFacts, Scaling, choose, choose_for_job
 from inferix.serve.settings import ServeSettings
 
 
@@ -36,6 +39,14 @@ def test_the_least_loaded_server_with_room_is_chosen():
     with pytest.raises(Refusal, match=r"120%.*4 of 4 sessions.*no pages") as refused:
         choose({"a": facts(load=0.6), "b": facts(sessions=4), "c": facts(room=0)})
     assert (refused.value.code, refused.value.status, refused.value.limit) == ("at_capacity", 503, ("replicas", 3))
+
+
+def test_a_job_goes_to_the_server_with_the_fewest():
+    servers = {"a": facts(jobs=2), "b": facts(jobs=1, load=0.9), "c": facts(jobs=1), "d": facts(status="draining")}
+    assert choose_for_job(servers) == "c"
+    with pytest.raises(Refusal) as refused:
+        choose_for_job({"d": servers["d"]})
+    assert (refused.value.code, refused.value.status) == ("at_capacity", 503)
 
 
 def test_servers_are_added_for_late_blocks_and_removed_for_idle_ones():
@@ -88,29 +99,6 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@contextmanager
-def routing(*urls):
-    """A router before servers, in a thread; yields it and its URL."""
-    async def servers():
-        return list(urls)
-
-    listener = listen("127.0.0.1", 0, None)
-    ready = threading.Event()
-
-    router = Router(servers, ServeSettings())
-    runner = ReadyServer(config_of(make_router_app(router), router.settings), ready.set)
-    thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        assert ready.wait(WAIT)
-        yield router, address_of(listener)
-    finally:
-        runner.should_exit = True
-        thread.join(WAIT)
-        listener.close()
-        assert not thread.is_alive()
-
-
 def test_a_drained_server_hands_its_session_to_another_and_its_viewer_goes_on(tmp_path):
     """The pictures are those of one engine; the control that was on its way has its receipt from the second server."""
     settings = ServeSettings(checkpoint_every=1000, shared=tmp_path / "shared", realtime=False, sessions=2)
@@ -151,11 +139,112 @@ def test_a_drained_server_hands_its_session_to_another_and_its_viewer_goes_on(tm
         asyncio.run(walk(servers, url))
 
 
+JOB, OTHER, NONE = "1" * 32, "2" * 32, "0" * 32
+
+
+def test_a_request_is_passed_on_to_the_server_that_it_belongs_to():
+    """Servers that only answer what they have: a job and a live session each, one a recording; one is gone."""
+    has = {
+        "a": {f"/v1/videos/{JOB}", f"/v1/recordings/{NONE}/video.mp4"}, "b": {f"/v1/videos/{OTHER}"},
+    }  # fmt: skip
+    listed = {"a": [{"id": JOB, "created_at": 5}], "b": [{"id": OTHER, "created_at": 7}]}
+
+    def answer(request):
+        server, path = request.url.host, request.url.path
+        if server == "gone":
+            raise httpx.ConnectError("gone")
+        if path == "/v1/replica":
+            holds = server == "a" and request.url.params.get("session") == JOB
+            return httpx.Response(200, json=facts(holds=holds).model_dump())
+        if path == "/v1/videos":
+            return httpx.Response(200, json={"data": listed[server], "has_more": False})
+        return httpx.Response(200 if path in has[server] else 404)
+
+    async def urls():
+        return ["http://gone", "http://a", "http://b"]
+
+    async def ask():
+        router = Router(urls, ServeSettings())
+        router.client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+        await router.poll()
+        router.replicas["http://gone"] = facts(status="failed", jobs=0)
+        router.replicas["http://a"].jobs = 1
+        expected = {
+            ("GET", f"/v1/videos/{JOB}"): "a", ("DELETE", f"/v1/videos/{OTHER}"): "b",
+            ("GET", f"/v1/videos/{OTHER}/content"): "b", ("POST", f"/v1/videos/{JOB}/remix"): "a",
+            ("GET", f"/v1/recordings/{NONE}/video.mp4"): "a", ("POST", "/v1/videos"): "b",
+            ("DELETE", f"/v1/whip/{JOB}"): "a", ("POST", "/v1/whep"): "a",
+        }  # fmt: skip
+        for (method, path), server in expected.items():
+            assert await router.server_for(method, path, {}) == f"http://{server}", path
+        assert router.replicas["http://b"].jobs == 0  # asked for again by the look for a session
+        assert await router.server_for("POST", "/v1/whep", {"session": JOB}) == "http://a"
+        for path in (f"/v1/videos/{NONE}", f"/v1/recordings/{NONE}/x", "/v1/x", "/v1/worlds/a/b", f"/v1/whip/{NONE}"):
+            with pytest.raises(Refusal) as refused:
+                await router.server_for("DELETE", path, {})
+            assert refused.value.status == 404
+        assert [job["id"] for job in await router.jobs()] == [OTHER, JOB]
+
+    asyncio.run(ask())
+
+
+@pytest.mark.slow
+def test_jobs_and_recordings_are_found_at_the_server_that_has_them(tmp_path):
+    settings = ServeSettings(realtime=False, sessions=1)
+
+    async def record(url):
+        async with websockets.connect(f"ws{url.removeprefix('http')}/v1/live") as socket, Client(socket) as client:
+            await client.open()
+            await client.applied("record")
+            await client.until("state")
+            ended = await client.applied("record", on=False)
+            await client.send("stop")
+            await client.until("ended")
+        return ended
+
+    with ExitStack() as stack:
+        servers = [stack.enter_context(serving(settings, tmp_path / name)) for name in "ab"]
+        _, url = stack.enter_context(routing(*(served.url for served in servers)))
+        http = stack.enter_context(httpx.Client(base_url=url, timeout=WAIT))
+        made = [http.post("/v1/videos", json={"prompt": PROMPT, "seconds": 0.2}).json()["id"] for _ in range(2)]
+        for served in servers:
+            (own,) = httpx.get(f"{served.url}/v1/videos").json()["data"]
+            assert own["id"] in made
+        ended = asyncio.run(record(url))
+        while any(http.get(f"/v1/videos/{id}").json()["status"] != "completed" for id in made):
+            time.sleep(0.05)
+        newest = http.get("/v1/videos", params={"limit": 1}).json()
+        older = http.get("/v1/videos", params={"after": newest["last_id"]}).json()
+        assert newest["has_more"] and not older["has_more"] and {newest["first_id"], older["first_id"]} == set(made)
+        oldest = http.get("/v1/videos", params={"order": "asc", "limit": 1}).json()
+        assert oldest["data"] == older["data"]
+        for id in made:
+            answer = http.get(f"/v1/videos/{id}")
+            assert answer.headers["openai-poll-after-ms"]
+            assert http.get(f"/v1/videos/{id}/content").content[4:8] == b"ftyp"
+        part = http.get(ended["url"], headers={"Range": "bytes=4-7"})
+        assert (part.status_code, part.content) == (206, b"ftyp")
+        assert int(http.get(ended["url"]).headers["content-length"]) == ended["bytes"]
+        remix = http.post(f"/v1/videos/{made[0]}/remix", json={"prompt": PROMPT}).json()
+        assert remix["remixed_from_video_id"] == made[0]
+        for id in (remix["id"], *made):
+            assert http.delete(f"/v1/videos/{id}").json()["deleted"]
+        none = "0" * 32
+        for path in (f"/v1/videos/{none}", f"/v1/videos/{none}/content", f"/v1/recordings/{none}/init.mp4", "/v1/x"):
+            answer = http.get(path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found"), path
+        assert http.get("/v1/videos", params={"after": none}).status_code == 404
+        assert http.get("/v1/videos", params={"limit": 0}).status_code == 422
+        for path in (f"/v1/whep/{none}", f"/v1/whip/{none}", f"/v1/videos/{none}"):
+            assert http.delete(path).status_code == 404
+        assert http.post("/v1/whip", params={"prompt": PROMPT}, content="no offer").status_code == 400
+
+
 @contextmanager
-def started(folder, shared):
+def started(folder, shared, every=2, options=("--set", "num_steps=1")):
     """A server in a process of its own; yields the process and its URL."""
     command = [sys.executable, "-m", "inferix", "serve", "--port", "0", "--json", "--folder", str(folder)]
-    command += ["--shared", str(shared), "--checkpoint-every", "2", "--rewind-blocks", "0", "--set", "num_steps=1"]
+    command += ["--shared", str(shared), "--checkpoint-every", str(every), "--rewind-blocks", "0", *options]
     process = subprocess.Popen([*command, "--device", "cpu"], stdout=subprocess.PIPE, text=True)
     try:
         yield process, json.loads(process.stdout.readline())["url"]
@@ -206,3 +295,38 @@ def test_a_killed_server_costs_at_most_the_blocks_since_the_last_checkpoint(tmp_
             process.kill()
         _, alone_url = stack.enter_context(started(tmp_path / "c", shared))
         asyncio.run(come_back(alone_url, opened))
+
+
+def children(pid):
+    """Processes that a process has started and that have not ended."""
+    stats = {path.parent.name: path.read_text() for path in Path("/proc").glob("[0-9]*/stat")}
+    fields = {int(child): stat.rpartition(")")[2].split() for child, stat in stats.items()}
+    return [child for child, (state, parent, *_) in fields.items() if state != "Z" and int(parent) == pid]
+
+
+@pytest.mark.slow
+def test_a_server_whose_rank_is_killed_starts_anew_and_goes_on_from_checkpoints(tmp_path):
+    options = ["--model", "wan-ranks", "--preset", "self-forcing", "--gpus", "2", "--restart"]
+    options += ["--set", "local_attn_size=6", "--set", "denoising_step_list=[1000]"]
+
+    async def lose(process, url):
+        async with websockets.connect(f"ws{url.removeprefix('http')}/v1/live") as socket, Client(socket) as client:
+            opened = await client.open(media=["raw"], seed=3)
+            await client.until("state", block=2)
+            (rank,) = children(process.pid)
+            os.kill(rank, signal.SIGKILL)
+            assert (await client.until("ended"))["code"] == "lost"
+        return opened, rank
+
+    async def come_back(url, opened):
+        async with websockets.connect(f"ws{url.removeprefix('http')}/v1/live") as socket, Client(socket) as client:
+            await client.send("attach", session=opened["session"], resume=opened["resume"], media=["raw"])
+            again = await client.until("opened")
+            assert again["session"] == opened["session"] and again["next_block"] >= 1
+            await client.until("state")
+
+    with started(tmp_path, tmp_path / "shared", 1, options) as (process, url):
+        opened, rank = asyncio.run(lose(process, url))
+        assert json.loads(process.stdout.readline())["url"] == url  # of the new program in the same process
+        assert children(process.pid) != [rank]
+        asyncio.run(come_back(url, opened))

@@ -4,17 +4,20 @@ The browser is Debian's chromium, driven by playwright; without it these tests a
 """
 
 import shutil
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 from camera_world import ROUNDING, camera_engine, differences, first_picture, replayed
-from live_client import WAIT, serving, small_engine
+from live_client import PROMPT, WAIT, serving, small_engine
+from routers import routing
 
 from inferix.schemes.camera import CameraMove
 from inferix.serve.settings import ServeSettings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-dev-shm-usage", "--autoplay-policy=no-user-gesture-required"]
+FLAGS += ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]  # a camera that shows moving figures
 
 EXPECTED = ("Failed to load resource", "WebSocket connection to")  # without a token, and at the server's end
 
@@ -158,6 +161,94 @@ def test_every_media_format_is_shown(browser, served, media):
     page.keyboard.down("d")
     wait_for(page, "seen.some((entry) => entry.change > 1)")
     context.close()
+
+
+# Watches a session by WHEP; keeps the events of its data channel, and each picture's mean distance to the one before.
+WATCH_WEBRTC = """async (prompt) => {
+  const peer = window.peer = new RTCPeerConnection(), channel = window.channel = peer.createDataChannel("inferix");
+  const video = document.createElement("video"), small = new OffscreenCanvas(32, 32);
+  const context = small.getContext("2d", { willReadFrequently: true });
+  window.events = [];
+  window.changes = [];
+  let before = null;
+  const look = () => {
+    context.drawImage(video, 0, 0, 32, 32);
+    const now = context.getImageData(0, 0, 32, 32).data;
+    if (before) changes.push(now.reduce((sum, value, place) => sum + Math.abs(value - before[place]), 0) / now.length);
+    before = now;
+    video.requestVideoFrameCallback(look);
+  };
+  channel.onmessage = ({ data }) => events.push(JSON.parse(data));
+  video.muted = true;
+  video.requestVideoFrameCallback(look);
+  peer.ontrack = ({ track }) => { video.srcObject = new MediaStream([track]); video.play(); };
+  peer.addTransceiver("video", { direction: "recvonly" });
+  await peer.setLocalDescription();
+  while (peer.iceGatheringState !== "complete") await new Promise((done) => setTimeout(done, 20));
+  const options = { method: "POST", body: peer.localDescription.sdp, headers: { "Content-Type": "application/sdp" } };
+  const answer = await fetch(`/v1/whep?seed=3&prompt=${encodeURIComponent(prompt)}`, options);
+  await peer.setRemoteDescription({ type: "answer", sdp: await answer.text() });
+}"""
+
+
+def test_the_browser_watches_a_session_by_webrtc(page, served):
+    pytest.importorskip("aiortc")
+    page.goto(served.url)
+    page.evaluate(WATCH_WEBRTC, PROMPT)
+    wait_for(page, "changes.length > 8 && channel.readyState === 'open'")
+    page.evaluate("() => channel.send(JSON.stringify({ type: 'act', id: 1, action: 'right' }))")
+    wait_for(page, "events.some((event) => event.type === 'applied' && event.id === 1)")
+    wait_for(page, "changes.some((change) => change > 1)")
+    page.evaluate("() => channel.send(JSON.stringify({ type: 'stop', id: 2 }))")
+    wait_for(page, "events.at(-1).type === 'ended'")
+    page.evaluate("() => peer.close()")
+
+
+def test_the_page_makes_a_world_from_the_camera_and_goes_back(page, served):
+    """The pictures of a strength near 0 are those of the browser's fake camera, which is green."""
+    pytest.importorskip("aiortc")
+    enter(page, f"{served.url}/?strength=0.05")
+    first = page.evaluate("() => inferix.active().world.facts.session")
+    page.click("#camera")
+    wait_for(page, "inferix.active().last && inferix.active().last.latency > 0")
+    wait_for(page, "inferix.active().blocks.length > 1")
+    colour = page.evaluate("""() => {
+        const { canvas } = inferix.active(), { width, height } = canvas;
+        const pixels = canvas.getContext("2d").getImageData(0, 0, width, height).data, sums = [0, 0, 0];
+        pixels.forEach((value, place) => { if (place % 4 < 3) sums[place % 4] += value; });
+        return sums.map((sum) => sum / (width * height));
+    }""")
+    assert colour[1] > colour[0] + 20 and colour[1] > colour[2] + 20, colour
+    assert "behind the camera" in page.text_content(".pane .now")
+    second = page.evaluate("() => inferix.active().world.facts.session")
+    page.click("#camera")
+    wait_for(page, f"![{first!r}, {second!r}].includes(inferix.active().world.facts?.session)")
+    wait_for(page, "inferix.active().last.latency === undefined")
+    assert page.get_attribute("#camera", "aria-pressed") == "false"
+
+
+def test_the_page_goes_on_at_another_server(page, tmp_path):
+    """The session's server drains; the page draws on, in the same session, and its keys work."""
+    settings = ServeSettings(checkpoint_every=1000, shared=tmp_path / "shared", realtime=False, sessions=2)
+    with ExitStack() as stack:
+        servers = [stack.enter_context(serving(settings, tmp_path / name)) for name in "ab"]
+        _, url = stack.enter_context(routing(*(served.url for served in servers)))
+        enter(page, url)
+        session = page.evaluate("() => inferix.active().world.facts.session")
+        first, second = servers if session in servers[0].server.live.sessions else servers[::-1]
+        page.evaluate(WATCH)
+        first.runner.request_drain()
+        wait_for(page, "document.querySelector('#toasts').textContent.includes('Another server')")
+        drawn, block = page.evaluate("() => [inferix.active().player.drawn, inferix.active().last.block]")
+        wait_for(page, f"inferix.active().player.drawn > {drawn} + 8 && inferix.active().last.block > {block}")
+        assert page.evaluate("() => inferix.active().world.facts.session") == session
+        assert session in second.server.live.sessions
+        page.keyboard.down("d")
+        assert wait_for(page, "applied.some((event) => event.verb === 'act')")
+        page.keyboard.up("d")
+        page.reload()
+        wait_for(page, "window.inferix && inferix.active().player.drawn > 0")
+        assert page.evaluate("() => inferix.active().world.facts.session") == session
 
 
 # Keeps the pixels of the first picture of each block as it is drawn, and the camera's controls with their receipts.

@@ -1,11 +1,11 @@
-"""The Ray Serve application: a replica killed and another one drained, while viewers go on."""
+"""The Ray Serve application: a replica killed and another one drained, while viewers go on, and autoscaling."""
 
 import asyncio
 import os
 import re
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -24,8 +24,11 @@ PATIENT = {  # for a machine that has other work too: seconds, and workers that 
 }  # fmt: skip
 
 
-def config(shared, replicas):
-    """The configuration of the documentation, for the small world on this machine."""
+def config(shared, replicas=None):
+    """The configuration of the documentation, for the small world on this machine.
+
+    replicas: their number in place of autoscaling, which is here from one to two with a session each, without delays.
+    """
     (text,) = re.findall(r"```yaml\n(applications:.*?)```", DOC, re.DOTALL)
     values = yaml.safe_load(text)
     application = values["applications"][0]
@@ -34,37 +37,109 @@ def config(shared, replicas):
         "rewind_blocks": 0,
     }  # fmt: skip
     (engine,) = [part for part in application["deployments"] if part["name"] == "Engine"]
-    assert engine.pop("autoscaling_config")["policy"]["policy_function"] == "inferix.serve.ray_app:ScaleOnSlack"
-    engine |= {"num_replicas": replicas, "ray_actor_options": {"num_cpus": 0.5}}
+    assert engine["autoscaling_config"]["policy"]["policy_function"] == "inferix.serve.ray_app:ScaleOnSlack"
+    engine["ray_actor_options"] = {"num_cpus": 0.5}
+    if replicas is not None:
+        del engine["autoscaling_config"]
+        engine["num_replicas"] = replicas
+    else:
+        engine["autoscaling_config"] |= {"max_replicas": 2, "upscale_delay_s": 0, "downscale_delay_s": 0}
+        application["args"] |= {"sessions": 1, "limits": {"realtime": False}}
     return values | {"http_options": {"host": "127.0.0.1", "port": PORT}}
+
+
+URL = f"http://127.0.0.1:{PORT}"
+
+
+@contextmanager
+def cluster():
+    """Ray and its HTTP proxy on this machine."""
+    ray = pytest.importorskip("ray")
+    from ray import serve
+
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as short:  # paths of its sockets have to be short
+        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", **PATIENT}
+        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, _temp_dir=short)
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+            yield
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+
+def deploy(values):
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(values), _blocking=False)
+
+
+def connect():
+    return websockets.connect(f"ws{URL.removeprefix('http')}/v1/live", max_size=None, ping_interval=None)
+
+
+def servers(count):
+    """The servers' numbers by address, once there are as many."""
+    until, found = time.monotonic() + 5 * WAIT, {}
+    while time.monotonic() < until:
+        with suppress(httpx.TransportError):  # the proxy is not there yet
+            answer = httpx.get(f"{URL}/v1/replicas", timeout=WAIT)
+            if answer.status_code == 200 and len(found := answer.json()) == count:
+                return found
+        time.sleep(0.2)
+    raise AssertionError(found)
+
+
+async def reading(work, *clients):
+    """The result of some work; clients that nobody reads answer no pings, and are disconnected."""
+    readers = [asyncio.create_task(read(client)) for client in clients]
+    try:
+        return await work
+    finally:
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+
+
+async def read(client):
+    while True:
+        await client.receive()
+
+
+@pytest.mark.slow
+def test_replicas_are_added_for_sessions_and_removed_after_them(tmp_path):
+    """Ray's own autoscaler follows `ScaleOnSlack`: one replica is full with a session, so another comes, and goes."""
+    async def walk():
+        async with connect() as one, connect() as two:
+            first, second = Client(one), Client(two)
+            begun = time.perf_counter()
+            await first.open()
+            await reading(asyncio.to_thread(servers, 2), first)
+            print(f"a second replica {time.perf_counter() - begun:.1f} s after the first was full")
+            await reading(second.open(), first)
+            for client in (first, second):
+                await client.until("state")
+                await client.send("stop")
+                await client.until("ended")
+        begun = time.perf_counter()
+        await asyncio.to_thread(servers, 1)
+        print(f"one replica {time.perf_counter() - begun:.1f} s after the last session")
+        async with connect() as socket, Client(socket) as client:
+            await client.open()
+            await client.until("state")
+
+    with cluster():
+        deploy(config(tmp_path))
+        servers(1)
+        asyncio.run(walk())
 
 
 @pytest.mark.slow
 def test_a_session_outlives_a_killed_replica_and_a_drained_one(tmp_path):
-    ray = pytest.importorskip("ray")
     psutil = pytest.importorskip("psutil")
-    from ray import serve
-    from ray.serve.context import _get_global_client
-    from ray.serve.schema import ServeDeploySchema
-
     engine = small_engine(ServeSettings(), rewind_blocks=0)
     alone = [block.frames.tobytes() for block in engine.open(PROMPT, seed=3).stream(120)]
-    url = f"http://127.0.0.1:{PORT}"
-
-    def connect():
-        return websockets.connect(f"ws{url.removeprefix('http')}/v1/live", max_size=None, ping_interval=None)
-
-    def deploy(replicas):
-        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config(tmp_path, replicas)), _blocking=False)
-
-    def servers(count):
-        """The servers' numbers by address, once there are as many."""
-        while True:
-            with suppress(httpx.TransportError):  # the proxy is not there yet
-                answer = httpx.get(f"{url}/v1/replicas", timeout=WAIT)
-                if answer.status_code == 200 and len(found := answer.json()) == count:
-                    return found
-            time.sleep(0.2)
 
     def process_at(server):
         port = int(server.rpartition(":")[2])
@@ -87,20 +162,6 @@ def test_a_session_outlives_a_killed_replica_and_a_drained_one(tmp_path):
         print(f"{kind}: moved in {moved['seconds']:.2f} s, {moved['blocks']} blocks made again")
         return moved
 
-    async def reading(work, *clients):
-        """The result of some work; clients that nobody reads answer no pings, and are disconnected."""
-        readers = [asyncio.create_task(read(client)) for client in clients]
-        try:
-            return await work
-        finally:
-            for reader in readers:
-                reader.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
-
-    async def read(client):
-        while True:
-            await client.receive()
-
     async def walk():
         async with connect() as one, connect() as two:
             first, second = Client(one), Client(two)
@@ -120,7 +181,7 @@ def test_a_session_outlives_a_killed_replica_and_a_drained_one(tmp_path):
             third = Client(third_socket)
             await reading(third.open(media=["raw"], seed=3), second)
             await reading(third.until("state", block=2), second)
-            scaling = asyncio.create_task(asyncio.to_thread(deploy, 1))
+            scaling = asyncio.create_task(asyncio.to_thread(deploy, config(tmp_path, 1)))
             moves = [asyncio.create_task(follow(client, "drained")) for client in (second, third)]
             done, waiting = await asyncio.wait(moves, return_when=asyncio.FIRST_COMPLETED)
             (drained,) = done
@@ -137,16 +198,9 @@ def test_a_session_outlives_a_killed_replica_and_a_drained_one(tmp_path):
             assert all(pictures == alone[block] for block, pictures in made.items())
             await third_socket.close()
 
-    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as short:  # paths of its sockets have to be short
-        begun = time.perf_counter()
-        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", **PATIENT}
-        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, _temp_dir=short)
-        try:
-            serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-            deploy(2)
-            servers(2)
-            print(f"two replicas after {time.perf_counter() - begun:.1f} s")
-            asyncio.run(walk())
-        finally:
-            serve.shutdown()
-            ray.shutdown()
+    begun = time.perf_counter()
+    with cluster():
+        deploy(config(tmp_path, 2))
+        servers(2)
+        print(f"two replicas after {time.perf_counter() - begun:.1f} s")
+        asyncio.run(walk())
