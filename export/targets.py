@@ -34,6 +34,7 @@ FEATURES = {  # what a preset or a command may ask of an engine
     "float16": "--dtype float16",
     "bfloat16": "--dtype bfloat16",
 }
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,8 @@ def needed_features(preset: Preset, dtype: str, unroll: bool, prefixes: bool = F
 
 def check_target(target: Target, preset: Preset, dtype: str, unroll: bool, prefixes: bool = False) -> None:
     """UsageError for a preset or a setting that needs what the target cannot."""
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype is {quoted(dtype)}{nearest(dtype, DTYPES)}; expected one of {', '.join(DTYPES)}")
     needed = needed_features(preset, dtype, unroll, prefixes)
     if lacking := [feature for feature in needed if feature not in target.can]:
         listed = "; ".join(f"{feature} ({FEATURES[feature]})" for feature in lacking)

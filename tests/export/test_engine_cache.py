@@ -13,6 +13,7 @@ from oracles import write_untrained_world
 from typer.testing import CliRunner
 
 import inferix
+from inferix.cli.doctor import cached_verdict
 from inferix.cli.main import app
 from inferix.errors import UsageError
 from inferix.export import engine_cache, inside
@@ -111,3 +112,12 @@ def test_what_the_cache_refuses(world: str, monkeypatch: pytest.MonkeyPatch, tmp
     assert engine_key(world, None, None) is None
     refused = CliRunner().invoke(app, ["export", "--cache", "--out", str(tmp_path / "out")])
     assert refused.exit_code == 2 and "--out" in refused.stderr
+
+
+def test_doctor_names_the_engine_that_runs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "off")
+    assert VARIABLE in cached_verdict()
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    assert "inferix export --cache" in cached_verdict()
+    monkeypatch.setattr(engine_cache, "find_cached", lambda *_: made)
+    assert str(made) in cached_verdict()
