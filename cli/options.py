@@ -15,6 +15,7 @@ from ..user_yaml import parse_yaml
 
 if TYPE_CHECKING:
     from ..models.spec import ModelSpec
+    from ..runtime.engine import Engine
 
 OFFLINE = typer.Option(
     False, "--offline", help="Download no weights; a model's name is looked up in the local Hugging Face cache."
@@ -92,6 +93,13 @@ def ranks_of_launcher() -> int | None:
 
     place = Place.of()
     return None if place is None else place.ranks
+
+
+def note_cached(engine: Engine) -> None:
+    """Print which engine of the cache runs in place of the model, if one does."""
+    if engine.config.engine is not None:
+        note = f"running the cached engine {engine.config.engine} (--executor eager runs the model itself)"
+        typer.echo(note, err=True)
 
 
 def check_beside_engine(engine: object, given: Mapping[str, object]) -> None:

@@ -27,6 +27,7 @@ from .options import (
     check_nvtx,
     check_settings,
     check_start,
+    note_cached,
     parse_settings,
     parse_size,
     ranks_of_launcher,
@@ -173,6 +174,8 @@ def serve(
             limits=engine_limits(rules, None if memory is None else parse_bytes(memory)),
             rewind_blocks=rewind_blocks, **chosen,
         )  # fmt: skip
+        if exported is None:
+            note_cached(engine)
         if engine.spec.condition_channels and image is None:  # of a name of the hub
             raise UsageError(f"{quoted(engine.parts.source)} begins with an image, and there is none; give --image")
         if nvtx:
