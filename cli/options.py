@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..errors import UsageError, cut, quoted
-from ..runtime.executor_specs import EXECUTORS, default_executor
+from ..runtime.executor_specs import AUTO, EXECUTORS, default_executor
 from ..schemes.layouts import LAYOUTS
 from ..user_yaml import parse_yaml
 
@@ -23,8 +23,8 @@ OFFLINE = typer.Option(
 EXECUTOR_NAMES = ", ".join(EXECUTORS)
 EXECUTOR = typer.Option(
     None,
-    help=f"Executor of passes: {EXECUTOR_NAMES}.  [default: {default_executor('cuda')} on a GPU; on a CPU an engine of "
-    f"inferix export --cache, if there is one, else {default_executor('cpu')}]",
+    help=f"Executor of passes: {EXECUTOR_NAMES}, or {AUTO}: on a CPU an engine of inferix export --cache, if there is "
+    f"one.  [default: {default_executor('cuda')} on a GPU, {default_executor('cpu')} on a CPU, {AUTO} in generate and play]",
 )
 GPUS = typer.Option(
     None, metavar="N", help="GPUs for a pass, or processes with --device cpu.  [default: 1, or torchrun's ranks]"

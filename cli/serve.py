@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import UsageError, quoted
-from ..runtime.executor_specs import AUTO
 from .options import (
     EXECUTOR,
     FORCE,
@@ -168,8 +167,7 @@ def serve(
         listener = stack.enter_context(listen(host, port, rules.token))
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inferix-serve-")))
         engine = load(
-            **({} if exported is not None else given | {"executor": executor or AUTO}), engine=exported,
-            offline=offline, force=force,
+            **({} if exported is not None else given), engine=exported, offline=offline, force=force,
             size=None if size is None else parse_size(size),
             limits=engine_limits(rules, None if memory is None else parse_bytes(memory)),
             rewind_blocks=rewind_blocks, **chosen,
