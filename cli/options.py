@@ -24,7 +24,7 @@ EXECUTOR_NAMES = ", ".join(EXECUTORS)
 EXECUTOR = typer.Option(
     None,
     help=f"Executor of passes: {EXECUTOR_NAMES}, or {AUTO}: on a CPU an engine of inferix export --cache, if there is "
-    f"one.  [default: {default_executor('cuda')} on a GPU, {default_executor('cpu')} on a CPU, {AUTO} in generate and play]",
+    f"one.  [default: {default_executor('cuda')} on a GPU, {default_executor('cpu')} on a CPU; generate, play: {AUTO}]",
 )
 GPUS = typer.Option(
     None, metavar="N", help="GPUs for a pass, or processes with --device cpu.  [default: 1, or torchrun's ranks]"
@@ -145,8 +145,11 @@ def known_spec(model: str, **reading: Any) -> ModelSpec | None:
 
 def check_nvtx(nvtx: bool, device: str | None) -> None:
     """UsageError for NVTX ranges on another device than a GPU."""
+    if not nvtx:
+        return
+
     from ..runtime.config import default_device
 
     device = device or default_device()
-    if nvtx and not device.startswith("cuda"):
+    if not device.startswith("cuda"):
         raise UsageError(f"--nvtx marks work on a GPU, and device is {quoted(device)}; leave --nvtx out, or use cuda")
