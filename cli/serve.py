@@ -178,7 +178,7 @@ def serve(
             raise UsageError(f"{quoted(engine.parts.source)} begins with an image, and there is none; give --image")
         if nvtx:
             engine.start_ranges()
-        address = address_of(listener)
+        address, again = address_of(listener), ["--port", str(listener.getsockname()[1])]
 
         def ready() -> None:
             if as_json:
@@ -189,6 +189,5 @@ def serve(
             sys.stdout.flush()
 
         lost = run(Server(engine, rules, place), listener, ready, "info" if verbose else "warning", restart)
-        again = ["--port", str(listener.getsockname()[1])]
     if lost:  # in the place of this process, whose engine may have left anything behind
         os.execv(sys.executable, [sys.executable, "-m", "inferix", *sys.argv[1:], *again])
