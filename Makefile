@@ -36,8 +36,8 @@ help:
 	@echo "make fuzz    damaged files for every reader of user files; MINUTES=10 SEED=0; failures in outputs/fuzz"
 	@echo "make kills   writers of files killed at random moments; KILLS=200 SEED=0"
 	@echo "make soak    one engine driven from many threads; MINUTES=10 SEED=0"
-	@echo "make runner  inferix-runner and the ops in C++ into outputs/runner, and their quick tests by ctest"
-	@echo "make runner-all  the same with libtorch, into outputs/runner-all, and the tests that take minutes"
+	@echo "make runner  inferix-runner in C++ into outputs/runner, and its quick tests by ctest"
+	@echo "make runner-all  the same and the ops, with libtorch, into outputs/runner-all, and the tests that take minutes"
 	@echo "make docs    the documentation as pages, outputs/docs/index.html"
 	@echo "make sizes   files and lines by folder, and the longest files"
 	@echo "make clean   remove .venv, outputs and build leftovers"
@@ -84,7 +84,7 @@ kills: .venv/.dev
 soak: .venv/.dev
 	$(BIN)/python tests/endurance/soak.py --minutes $(MINUTES) --seed $(SEED)
 
-# The build for `make test` leaves out the backend of libtorch, whose headers take long to compile; the one for
+# The build for `make test` leaves out what needs the headers of libtorch, half of the time of the compiler; the one for
 # `make test-all` has all that cmake finds. With onnxruntime_c_api.h, a test compares the places of its functions:
 #   make runner CMAKE_ARGS=-DONNXRUNTIME_INCLUDE_DIR=/path
 CMAKE_ARGS ?=
@@ -92,8 +92,8 @@ CMAKE_ARGS ?=
 runner: .venv/.dev
 	@command -v c++ >/dev/null || { echo "no C++ compiler (c++): inferix-runner is not built, and ctest does not run" >&2; \
 		[ -z "$$CI" ]; }
-	@! command -v c++ >/dev/null || $(MAKE) --no-print-directory outputs/runner CMAKE_ARGS="-DINFERIX_TORCH=OFF $(CMAKE_ARGS)" \
-		CTEST_ARGS="-LE slow"
+	@! command -v c++ >/dev/null || $(MAKE) --no-print-directory outputs/runner CTEST_ARGS="-LE slow" \
+		CMAKE_ARGS="-DINFERIX_TORCH=OFF -DINFERIX_OPS=OFF $(CMAKE_ARGS)"
 
 runner-all: .venv/.dev
 	$(MAKE) --no-print-directory outputs/runner-all

@@ -26,7 +26,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,21 +90,28 @@ def compile_all(
 
 
 def sample(names: Iterable[str]) -> list[str]:
-    """Choose rows that hold each variant of a form, at one width and architecture, and each architecture of a form."""
+    """Choose rows that hold each variant of a form at one width and architecture, and two architectures of a form."""
     variants: dict[str, list[str]] = {}
+    forms: dict[str, list[str]] = {}
     for name in names:
         variants.setdefault(WIDTH.sub("", name.rpartition(", ")[0]), []).append(name)
+        forms.setdefault(form_and_architecture(name)[0], []).append(name)
     uses, chosen = Counter[tuple[str, str]](), list[str]()
 
-    def take(name: str) -> None:
-        uses[form_and_architecture(name)] += 1
+    def take(rows: Iterable[str]) -> None:
+        """Take the row whose architecture the form, then all forms, have used least."""
+        name = min(rows, key=lambda name: (uses[form_and_architecture(name)], uses["", form_and_architecture(name)[1]]))
+        form, architecture = form_and_architecture(name)
+        uses[form, architecture] += 1
+        uses["", architecture] += 1
         chosen.append(name)
 
     for rows in variants.values():
-        take(min(rows, key=lambda name: uses[form_and_architecture(name)]))
-    for name in chain.from_iterable(variants.values()):
-        if not uses[form_and_architecture(name)]:
-            take(name)
+        take(rows)
+    for rows in forms.values():
+        unused = [name for name in rows if not uses[form_and_architecture(name)]]
+        if unused and len({form_and_architecture(name) for name in chosen if name in rows}) == 1:
+            take(unused)
     return chosen
 
 

@@ -8,7 +8,6 @@ copy but its own.
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from .program import Call, Form, Program
 KERNEL, COPY, MEMSET, EMPTY = "kernel", "memcpy", "memset", "empty"
 KIND = "CU_GRAPH_NODE_TYPE_"  # before the driver's name of a kind of node
 MEMORY = "CU_MEMORYTYPE_"
+WORD = 8  # bytes of an address
 Range = tuple[int, int]  # addresses [begin, end)
 
 
@@ -36,7 +36,7 @@ class Node:
 
     kind: the driver's name of it, such as `kernel`, `memcpy`, `memset`, `host` or `mem_alloc`. name: of a kernel's
     function. shape: grid and block of a kernel. nbytes: of a copy or a memset. places: kinds of memory that a copy
-    reads and writes. words: 64-bit words of a kernel's parameters, or addresses of a copy or a memset.
+    reads and writes. words: a kernel's parameters of 64 bits, or addresses of a copy or a memset.
     """
 
     kind: str
@@ -149,16 +149,17 @@ class CudaDriver:
         return Node(KERNEL, name, (*grid, *block), words=tuple(self.words(function, prefix, params.kernelParams)))
 
     def words(self, function: Any, prefix: str, params: int) -> Iterator[int]:
-        """64-bit words of a kernel's parameters; none of one whose parameters are in a single buffer.
+        """A kernel's parameters of 64 bits; none of one whose parameters are in a single buffer.
 
-        params: address of an array with the address of each parameter. A status other than success ends the list.
+        Structures are left out, since the padding in them is whatever the host's memory held. params: address of an
+        array with the address of each parameter. A status other than success ends the list.
         """
         for index in count() if params else ():
             status, _, size = getattr(self.api, f"{prefix}GetParamInfo")(function, index)
             if status != self.api.CUresult.CUDA_SUCCESS:
                 return
-            address = ctypes.c_uint64.from_address(params + 8 * index).value
-            yield from struct.unpack(f"{size // 8}Q", ctypes.string_at(address, size // 8 * 8))
+            if size == WORD:
+                yield ctypes.c_uint64.from_address(ctypes.c_uint64.from_address(params + WORD * index).value).value
 
     def copy(self, params: Any) -> Node:
         nbytes = params.WidthInBytes * max(params.Height, 1) * max(params.Depth, 1)

@@ -22,7 +22,7 @@ from ..kernels.spec import FAMILIES, Cost, OpSpec
 from .lowering import lower
 from .passes import Group
 from .program import Call, Ref
-from .types import PassGraph
+from .types import LITERAL, PassGraph
 
 PACKED = "packed matmul"  # of FP8 or INT8 numbers
 ATEN: dict[str, tuple[str, ...]] = {  # ops of torch by kind of work; pointwise ones are known by their tag
@@ -146,9 +146,11 @@ class PassCost:
 def pages_read(calls: Iterable[Call], groups: Iterable[Group]) -> dict[Ref | None, int]:
     """Pages that all rows of a launch of a pass read together, by the tensor that has their counts.
 
-    Groups with equally many frames are rows of one launch; sessions side by side repeat them.
+    Groups with equally many frames are rows of one launch; sessions side by side repeat them. Counts that are literals
+    are of prompts, which have a page each.
     """
-    counts = list(dict.fromkeys(ref for call in calls if (ref := counts_of(call)) is not None))
+    found = dict.fromkeys(ref for call in calls if (ref := counts_of(call)) is not None)
+    counts = [ref for ref in found if not ref.buffer.startswith(LITERAL)]
     parts = [list(part) for _, part in groupby(groups, lambda group: len(group.frames))]
     return {
         ref: sum(len(group.context) for group in part) * ref.size[0] // len(part)

@@ -17,6 +17,7 @@ from torch import fx
 from .passes import Group
 
 OF_SET = "@"  # between the name of a weight and the number of its set, where that is not the first
+LITERAL = "literal"  # names of constants that are numbers begin so
 PROMPT_TABLE = "prompt_table"  # input int32 [rows, 1]: the page of each row's prompt
 
 
@@ -105,7 +106,7 @@ class Value:
     def of_literal(cls, data: Sequence[float], shape: tuple[int, ...], dtype: torch.dtype) -> Value:
         """A constant written down; equal ones have one name."""
         numbers = tuple(float(number) for number in data)
-        name = f"literal {list(numbers)} {list(shape)} {str(dtype).removeprefix('torch.')}"
+        name = f"{LITERAL} {list(numbers)} {list(shape)} {str(dtype).removeprefix('torch.')}"
         return cls(name, Role.CONSTANT, shape, dtype, When.LOAD, numbers)
 
     def literal(self, device: torch.device | str = "cpu") -> torch.Tensor:

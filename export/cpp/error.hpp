@@ -22,8 +22,10 @@ inline std::string one_line(const std::string& message) {
     std::istringstream lines(message);
     std::string made;
     for (std::string line; std::getline(lines, line);)
-        if (size_t begin = line.find_first_not_of(" \t\r"); begin != line.npos)
-            made += (made.empty() ? "" : " ") + line.substr(begin);
+        if (size_t begin = line.find_first_not_of(" \t\r"); begin != line.npos) {
+            if (!made.empty()) made += ' ';
+            made.append(line, begin);
+        }
     return made;
 }
 

@@ -74,7 +74,7 @@ std::pair<Tensor, Tensor> scores_and_values(const Tensor& q, const Tensor& kv, c
     };
     Tensor scores = of(q, k);
     if (q_sink) {
-        const int64_t early = sinks * kv.size(2);
+        const int64_t early = std::min(sinks * kv.size(2), k.size(1));
         scores.narrow(2, 0, early).copy_(of(*q_sink, k.narrow(1, 0, early)));
     }
     return {scores, v};

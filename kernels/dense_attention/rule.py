@@ -1,8 +1,8 @@
 """Where attention over one run of pages takes the place of the paged kernels, and through which library.
 
-A table by card and shape chooses. Where it has no entry, the paged kernels run: no card has run `dense_attention`, and
-by the time model (`bench/time_model.py`) it gains little over attention in two parts, since cuDNN has no part of the
-keys to fill its last wave with, and its result is copied.
+A table by card and shape chooses. Where it has no entry, the paged kernels run: no card has run `dense_attention`, what
+the time model (`bench/time_model.py`) predicts for it rests on an assumed rate of cuDNN, and a program for each run is
+captured for each session.
 """
 
 from __future__ import annotations

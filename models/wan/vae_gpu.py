@@ -423,7 +423,7 @@ def pointwise(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
 
 def as_clip(x: Tensor) -> Tensor:
     """[T, H, W, C] to [1, C, T, H, W], a view whose memory is channels last."""
-    return x.permute(3, 0, 1, 2)[None]
+    return x[None].permute(0, 4, 1, 2, 3)
 
 
 def frames_of(x: Tensor) -> Tensor:

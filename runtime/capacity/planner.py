@@ -223,6 +223,8 @@ def programs(preset: Preset) -> list[int]:
     """
     if supports_whole_block(preset):
         frames = [preset.num_frame_per_block]
+        if preset.context.commit_in_next:  # blocks that commit the one before, and a commit before a new prompt
+            frames += [2 * preset.num_frame_per_block, preset.num_frame_per_block]
         if not supports_whole_block(preset, 0):  # the first block runs pass by pass
             frames = [preset.block_size(0), *frames]
     else:

@@ -255,7 +255,8 @@ class GraphExecutor:
         }
         self.weights = 0  # number of the set that single passes run
         self.launcher = Launcher(weights, device, backend)
-        self.dense = DenseRuns(config.kernels.get("dense_attention"), device, "dense-attention" in rewrites)
+        dense = "dense-attention" in rewrites and parts.shard.tokens.size == 1  # several have sums to merge
+        self.dense = DenseRuns(config.kernels.get("dense_attention"), device, dense)
         self.programs: dict[GraphKey, Lowered] = {}
         self.loaded: dict[GraphKey, Loaded] = {}
         self.store = None if config.graphs is None else GraphStore.open(Path(config.graphs), self.graph_of, create=True)

@@ -5,10 +5,12 @@ The fake is no driver: it writes down a node for each launch of a program on fak
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -302,3 +304,31 @@ def test_a_report_counts_nodes_and_kernels() -> None:
     text = report({"block": facts})
     assert f"{facts['calls']} calls, {facts['nodes']} nodes" in text
     assert all(f"{count} x {kernel}" in text for kernel, count in facts["kernels"].items())
+
+
+def test_parameters_of_a_kernel_are_read_from_the_drivers_memory() -> None:
+    """A fake of the bindings: two pointers, and between them a structure and a number of 32 bits that are left out."""
+    values = [ctypes.c_uint64(7 << 36), (ctypes.c_uint64 * 2)(1, 2), ctypes.c_uint32(5), ctypes.c_uint64(8 << 36)]
+    sizes = [ctypes.sizeof(value) for value in values]
+    addresses = (ctypes.c_uint64 * 4)(*(ctypes.addressof(value) for value in values))
+    wrong = SimpleNamespace(name="CUDA_ERROR_INVALID_VALUE")
+    api = SimpleNamespace(
+        CUresult=SimpleNamespace(CUDA_SUCCESS=0), cuFuncGetName=lambda function: (0, b"_adaln"),
+        cuFuncGetParamInfo=lambda function, index: (0, 0, sizes[index]) if index < 4 else (wrong, 0, 0),
+    )  # fmt: skip
+    driver = object.__new__(CudaDriver)
+    driver.api = api  # type: ignore[assignment]
+    shape = dict(zip((f"{part}Dim{axis}" for part in ("grid", "block") for axis in "XYZ"), range(1, 7), strict=True))
+    params = SimpleNamespace(func=3, kern=0, kernelParams=ctypes.addressof(addresses), **shape)
+    node = driver.kernel(params)
+    assert node == Node("kernel", "_adaln", (1, 2, 3, 4, 5, 6), words=(7 << 36, 8 << 36))
+    assert driver.kernel(SimpleNamespace(**vars(params) | {"kernelParams": 0})).words == ()
+    host, device = (SimpleNamespace(name=f"CU_MEMORYTYPE_{place}") for place in ("HOST", "DEVICE"))
+    copied = SimpleNamespace(
+        WidthInBytes=64, Height=2, Depth=0, srcMemoryType=host, dstMemoryType=device, srcHost=11, dstHost=0,
+        srcDevice=0, dstDevice=12,
+    )  # fmt: skip
+    assert driver.copy(copied) == Node("memcpy", nbytes=128, places=("host", "device"), words=(11, 12))
+    with pytest.raises(InferixError, match=r"cuGraphGetNodes.*CUDA_ERROR_INVALID_VALUE"):
+        api.cuGraphGetNodes = lambda *args: (wrong, [], 0)
+        driver.call("cuGraphGetNodes")

@@ -44,11 +44,13 @@ from inferix.runtime.programs.warmup import graph_keys
 from inferix.schemes.layouts import RankGrid
 
 SPEC = replace(MODELS["wan-tiny"], num_layers=2)
+PRESET = make_preset("self-forcing", denoising_step_list=(1000, 500))
+PASSES = 3
 
 
 @cache
 def block() -> BlockGraph:
-    builder = BlockGraphBuilder(SPEC, make_preset("self-forcing"), (64, 64), torch.bfloat16)
+    builder = BlockGraphBuilder(SPEC, PRESET, (64, 64), torch.bfloat16)
     return rewritten(builder.build(), chosen())
 
 
@@ -66,7 +68,7 @@ def test_a_dry_run_launches_every_call_of_the_program():
     run, program = dry_run(block(), 90, compiled=False), lower_block(block()).body.program
     assert len(run.of("block")) == len(program.calls)
     attention = [launch for launch in run.of("block") if launch.op == "inferix::block_attention"]
-    assert len(attention) == 2 * (5 * SPEC.num_layers - 1)  # the commit's last layer only writes its pages
+    assert len(attention) == 2 * (PASSES * SPEC.num_layers - 1)  # the commit's last layer only writes its pages
     costs = [PassCost(graph).total for graph in block().passes if graph.runs is Runs.BLOCK]
     assert sum(launch.flops for launch in run.of("block")) == sum(cost.flops for cost in costs)
     assert sum(launch.nbytes for launch in run.of("block")) == pytest.approx(
@@ -91,14 +93,13 @@ def test_a_dry_run_launches_every_call_of_the_program():
     ],
 )
 def test_a_dry_run_of_one_rank_of_several_sends_what_the_planner_counts(grid: RankGrid, shard_weights: bool):
-    preset = make_preset("self-forcing")
-    builder = BlockGraphBuilder(SPEC, preset, (64, 64), torch.bfloat16, shard=fake_shard(grid, shard_weights))
+    builder = BlockGraphBuilder(SPEC, PRESET, (64, 64), torch.bfloat16, shard=fake_shard(grid, shard_weights))
     run = dry_run(rewritten(builder.build(), chosen()), 90, compiled=False)
     assert run.faults() == []
     assert not any(launch.allocated for launch in run.of("block"))
     sent = [launch for launch in run.of("block") if launch.rate == "link"]
-    load = Workload(SPEC, preset, None, 0, (64, 64), "bfloat16", "bfloat16")
-    passes = [scheduled.run for scheduled in steady_blocks(preset)[0].passes]
+    load = Workload(SPEC, PRESET, None, 0, (64, 64), "bfloat16", "bfloat16")
+    passes = [scheduled.run for scheduled in steady_blocks(PRESET)[0].passes]
     each = pass_bytes(load, passes[0], grid) + (weight_bytes(load, grid) if shard_weights else 0)
     denoised = sum(launch.nbytes for launch in sent if launch.section.startswith("denoise"))
     assert denoised == (len(passes) - 1) * each  # what the commit does not need of its last layer is left out
@@ -108,14 +109,14 @@ def test_a_dry_run_of_one_rank_of_several_sends_what_the_planner_counts(grid: Ra
 
 def test_split_keys_fill_the_waves_of_a_card_and_allocate_nothing():
     spec = replace(MODELS["wan-1.3b"], num_layers=1)
-    built = BlockGraphBuilder(spec, make_preset("self-forcing"), dtype=torch.bfloat16).build()
+    built = BlockGraphBuilder(spec, PRESET, dtype=torch.bfloat16).build()
     split = rewritten(built, chosen(), multiprocessors=MULTIPROCESSORS[90])
     run = dry_run(split, 90, compiled=False)
     assert run.faults() == [] and not any(launch.allocated for launch in run.of("block"))
     launches = {op: [one for one in run.of("block") if one.op == f"inferix::{op}"] for op in (
         "attention_parts", "merge_parts", "block_attention"
     )}  # fmt: skip
-    assert [len(of_op) for of_op in launches.values()] == [4, 4, 4]  # a window, its merge and a prompt in each step
+    assert [len(of_op) for of_op in launches.values()] == [2, 2, 2]  # a window, its merge and a prompt in each step
     assert {launch.tiles for launch in launches["attention_parts"]} == {2 * 37 * 12}
     whole = dry_run(rewritten(built, chosen()), 90, compiled=False).of("block")
     before = [one for one in whole if one.op == "inferix::block_attention" and one.tiles == 37 * 12][::2]
@@ -137,6 +138,8 @@ def test_attention_over_one_run_is_cudnns_and_copies_its_result_alone():
     assert [one.flops for one in calls] == 4 * [4 * 4680 * 21 * 1560 * 1536]
     assert {one.tiles for one in calls} == {37 * 12}
     assert not any(launch.op.endswith(("attention_parts", "merge_parts")) for launch in run.of("block"))
+    prompts = [launch.flops for launch in run.of("block") if launch.op == "inferix::block_attention"]
+    assert prompts == 4 * [4 * 4680 * spec.text_len * 1536]  # which read one page each, and not those of the window
     allocated = [launch for launch in run.of("block") if launch.allocated]
     assert allocated == calls  # the result, in memory of the graph
     size = 4680 * 1536 * 2
@@ -146,24 +149,24 @@ def test_attention_over_one_run_is_cudnns_and_copies_its_result_alone():
 
 
 def test_calls_that_allocate_are_seen_where_the_rewrites_are_left_out():
-    builder = BlockGraphBuilder(SPEC, make_preset("self-forcing"), (64, 64), torch.bfloat16)
+    builder = BlockGraphBuilder(SPEC, PRESET, (64, 64), torch.bfloat16)
     plain = rewritten(builder.build(), chosen(without=["cross-attention", "patch-embedding"]))
     run, program = dry_run(plain, 90, compiled=False), lower_block(plain).body.program
     copies = sum(call.form is Form.COPIED for call in program.calls)  # what such a call returns is copied into place
     assert len(run.of("block")) == len(program.calls) + copies
     allocating = [launch for launch in run.of("block") if launch.allocated]
-    assert len(allocating) == sum(call.allocates for call in program.calls) == 5 * SPEC.num_layers - 1 + 5
+    assert len(allocating) == sum(call.allocates for call in program.calls) == PASSES * SPEC.num_layers - 1 + PASSES
 
 
 def test_a_block_in_fp8_packs_in_one_launch_and_allocates_nothing():
-    builder = BlockGraphBuilder(SPEC, make_preset("self-forcing"), (64, 64), torch.bfloat16, kv_dtype=KV_DTYPES["fp8"])
+    builder = BlockGraphBuilder(SPEC, PRESET, (64, 64), torch.bfloat16, kv_dtype=KV_DTYPES["fp8"])
     packed = rewritten(builder.build(), chosen(["lowp"]), PrecisionMap("fp8", EVERY_BLOCK))
     run = dry_run(packed, 90, compiled=False)
     assert run.faults() == [] and not any(launch.allocated for launch in run.of("block"))
     extra = len(run.of("block")) - len(dry_run(block(), 90, compiled=False).of("block"))
     quantised = sum(launch.op == "inferix::quantise_rows" for launch in run.of("block"))
     # Results of both attentions and of the feed-forward network; pages; the commit's last layer ends at its pages.
-    layers = 5 * SPEC.num_layers - 1
+    layers = PASSES * SPEC.num_layers - 1
     assert quantised == 3 * layers and extra == quantised + layers + 1
 
 

@@ -111,7 +111,7 @@ def test_the_mask_of_land_seen_before():
 
 
 def test_every_bar_is_judged_for_a_model(engine, monkeypatch):
-    monkeypatch.setattr(evaluation, "STREAM_SECONDS", 8)
+    monkeypatch.setattr(evaluation, "STREAM_SECONDS", 5)
     monkeypatch.setattr(judge, "RESTS", {"rest_10s_changed": 1, "rest_60s_changed": 3})
     for name, value in (("LONG_REST", 4), ("CIRCLES", 2), ("STRAIGHT", 4)):
         monkeypatch.setattr(judge, name, value)

@@ -72,7 +72,7 @@ def test_a_run_beyond_the_store_is_rejected():
         dense_attention(torch.ones(1, 4, 1, 16), torch.ones(2, 6, 8, 1, 16), (4, 5, 6))
 
 
-@pytest.mark.parametrize("preset", ["self-forcing", "longlive"])
+@pytest.mark.parametrize("preset", ["self-forcing", pytest.param("longlive", marks=pytest.mark.slow)])
 def test_a_full_window_runs_dense_and_equals_eager(preset):
     """While the window grows, and where a fork's first write leaves a hole, the paged form runs."""
     settings = SETTINGS | ({"sink_size": 3, "local_attn_size": 9} if preset == "longlive" else {})
@@ -131,6 +131,7 @@ def test_programs_of_runs_are_few_and_one_is_made_of_another():
         session.close()
 
 
+@pytest.mark.slow
 def test_paged_forms_run_where_dense_is_not_asked_for_or_cannot_be():
     whole = {"spec": SETTINGS["spec"], "denoising_step_list": [1000]}
     for settings in (

@@ -23,6 +23,7 @@ OTHER = ROWS.flip(0) * 1.5
 EXACT = 1e-10
 FASTER = BatchProfile({1: 1.0, 2: 1.5, 3: 2.0, 4: 2.5, 8: 4.0})
 SMALL: dict[str, Any] = {"denoising_step_list": [1000, 500], "spec": replace(TINY, num_layers=2)}
+IN_GRAPHS = pytest.param("fused", marks=pytest.mark.slow)
 PRESET_SETTINGS: dict[str, dict[str, Any]] = {
     "self-forcing": {"local_attn_size": 6},
     "self-forcing-framewise": {"local_attn_size": 3},
@@ -57,7 +58,7 @@ def switched(engine: Engine) -> list[torch.Tensor]:
         return made + latents(session, 2)
 
 
-@pytest.mark.parametrize("executor", ["eager", "fused"])
+@pytest.mark.parametrize("executor", ["eager", IN_GRAPHS])
 @pytest.mark.parametrize("preset", PRESET_SETTINGS)
 def test_blocks_are_those_of_separate_commits_also_where_the_prompt_changes(preset: str, executor: str) -> None:
     apart, together = engines(preset, executor=executor)
@@ -94,7 +95,7 @@ def test_a_commit_under_the_new_prompt_is_noticed(monkeypatch: pytest.MonkeyPatc
     assert difference(switched(apart), switched(together)) > 1e-6
 
 
-@pytest.mark.parametrize("executor", ["eager", "fused"])
+@pytest.mark.parametrize("executor", ["eager", IN_GRAPHS])
 def test_fork_rewind_and_save_between_blocks(executor: str, tmp_path: Path) -> None:
     results = []
     for engine in engines(executor=executor):
@@ -123,6 +124,7 @@ def test_fork_rewind_and_save_between_blocks(executor: str, tmp_path: Path) -> N
     assert difference(*rewound) <= EXACT
 
 
+@pytest.mark.slow
 def test_sessions_beside_each_other_share_launches() -> None:
     results = []
     for engine in engines(executor="fused", kv_memory=1 << 24):  # the first in eager, which has batches too

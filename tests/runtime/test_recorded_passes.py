@@ -31,7 +31,7 @@ READABLE = (0, 1, 4, 8, PROMPT_AT, CUT_AT, CUT_AT + 1)
 SIZE = (16, 16)
 OTHER = ROWS.float().flip(0)
 NEGATIVE = {"causal-diffusion": {"negative_embeds": OTHER}}
-FEW_STEPS = {"causal-diffusion": {"num_steps": 2}}
+STEPS = {"causal-diffusion": {"num_steps": 2}, "self-forcing": {"denoising_step_list": (1000, 750, 500, 250)}}
 
 
 def ranges(numbers):
@@ -60,7 +60,7 @@ def passes_of(name, monkeypatch, **overrides):
         return place(run, *args)
 
     monkeypatch.setattr(paged_cache, "layout_pass", note)
-    engine, blocks = make_engine(name, "float32", **FEW_STEPS.get(name, {}) | overrides), []
+    engine, blocks = make_engine(name, "float32", **STEPS.get(name, {}) | overrides), []
     with engine.open(prompt_embeds=ROWS.float(), size=SIZE, **NEGATIVE.get(name, {})) as session:
         for index in range(LONGER.get(name, BLOCKS)):
             if index == PROMPT_AT:
@@ -95,7 +95,7 @@ def test_a_stream_runs_the_recorded_passes(name, monkeypatch):
 
 def scheduled_passes(name):
     """Passes of each block by the block schedule only."""
-    preset = make_preset(name, **FEW_STEPS.get(name, {}))
+    preset = make_preset(name, **STEPS.get(name, {}))
     timeline, sampler = Timeline(preset), Sampler(preset.sampler)
     flight, blocks = [], []
     for index in range(LONGER.get(name, BLOCKS)):

@@ -32,9 +32,9 @@ class ILogger {
 class IExecutionContext : fake::Counted {
    public:
     bool setInputShape(const char* name, const Dims& shape) noexcept {
-        std::string sizes;
-        for (int32_t axis = 0; axis < shape.nbDims; ++axis) sizes += " " + std::to_string(shape.d[axis]);
-        fake::record("shape", name + sizes);
+        std::string sizes = name;
+        for (int32_t axis = 0; axis < shape.nbDims; ++axis) (sizes += ' ') += std::to_string(shape.d[axis]);
+        fake::record("shape", sizes);
         shapes_[name] = shape;
         return std::string(name) != "past" || shape.d[0] <= 6;
     }
