@@ -203,7 +203,7 @@ def test_a_decoder_with_the_layers_of_a_card_joins_pads_and_widens_nothing(tiny)
         ops.keys() - ({"aten::div.Tensor"} if tiny else set())  # of the latents
     )
     before = sum(launch.kind != "allocation" for launch in plain.of("decoder"))
-    assert sum(launch.kind != "allocation" for launch in run.of("decoder")) < 0.6 * before
+    assert sum(launch.kind != "allocation" for launch in run.of("decoder")) < (0.8 if tiny else 0.6) * before
     flops = [sum(launch.flops for launch in one.of("decoder") if launch.rate) for one in (plain, run)]
     assert flops[1] <= flops[0]
 
