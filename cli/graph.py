@@ -83,7 +83,8 @@ def graph(
 
     --captured runs a stream with random weights on a GPU until its window is full, reads each captured CUDA graph
     through cuda-bindings and compares it with its program: a kernel that is missing or in another place, an extra copy,
-    a kernel on memory that its call does not touch. Exit code 1 if there is any.
+    a kernel on memory that its call does not touch. Exit code 1 if there is any:
+    inferix graph --model wan-1.3b --preset self-forcing --captured.
 
     Example: inferix graph --model wan-tiny --preset self-forcing --svg block.svg
 
@@ -92,8 +93,6 @@ def graph(
     Example: inferix graph --model wan-tiny --preset krea --lowp fp8 --keep 'blocks.0.*' --pass recompute
 
     Example: inferix graph --model wan-tiny --dry-run cuda:90 --no-compile --assume attention=600
-
-    Example: inferix graph --model wan-1.3b --preset self-forcing --captured
 
     Example: inferix graph --preset krea --dry-run cuda:90 --no-compile --gpus 4 --parallel ulysses
 
