@@ -12,6 +12,7 @@ import torch
 
 from inferix.bench import first_minute, machine
 from inferix.bench.first_minute import LINES, Run, run_lines, unproved
+from inferix.bench.form_check import unproved_forms
 from inferix.bench.subject import Subject
 
 
@@ -42,8 +43,11 @@ def test_lines_state_the_time_they_should_take():
 
 
 def test_a_form_that_no_card_has_run_costs_no_other_line(monkeypatch):
+    forms = [(spec.name, form.name) for spec, form in unproved_forms()]
+    assert ("block_attention", "hopper") in forms
+
     def hangs(command, timeout, **options):
-        assert command[1:5] == ["-m", "inferix.bench.form_check", "block_attention", "hopper"]
+        assert command[1:3] == ["-m", "inferix.bench.form_check"] and tuple(command[3:5]) in forms
         raise subprocess.TimeoutExpired(command, timeout)
 
     def fails(command, **options):
@@ -60,11 +64,13 @@ def test_a_form_that_no_card_has_run_costs_no_other_line(monkeypatch):
     monkeypatch.setattr(subprocess, "run", fails)
     assert "illegal memory access" in unproved(run)["block_attention, hopper"]
     monkeypatch.setattr(subprocess, "run", ends)
-    assert unproved(run) == {
-        "block_attention, hopper, full window": 1.5, "block_attention, hopper": "2 of 3 cases are right",
-        "block_attention, hopper, a case": "out is off by 1",
-    }  # fmt: skip
-    assert unproved(tiny()) == {"block_attention, hopper": "is for sm_90"}
+    seen = unproved(run)
+    assert seen["block_attention, hopper, full window"] == 1.5
+    assert seen["block_attention, hopper"] == "2 of 3 cases are right"
+    assert seen["block_attention, hopper, a case"] == "out is off by 1"
+    without = unproved(tiny())
+    assert without.keys() == {f"{op}, {form}" for op, form in forms}
+    assert without["block_attention, hopper"] == "is for sm_90"
 
 
 def test_only_what_is_right_is_timed(monkeypatch):
