@@ -91,7 +91,7 @@ def engines(target: Target) -> str:
 
 
 def cached_verdict() -> str:
-    """Return the executor that generate, play and serve take for the small world on a CPU, and the way to another."""
+    """Return the executor that generate and play take for the small world on a CPU, and the way to another."""
     from ..export.engine_cache import OFF, VARIABLE, cache_folder, find_cached, read_cached
 
     if cache_folder() is None:

@@ -49,8 +49,7 @@ def export(
     target: str = typer.Option("onnx", help=f"Format of the programs: {', '.join(TARGETS)}."),
     out: Path | None = typer.Option(None, help="Folder to write; it must be new or empty."),
     cache: bool = typer.Option(
-        False, "--cache", help="Write to the cache instead of --out; generate, play and serve run it on a CPU if it is "
-        "faster.",
+        False, "--cache", help="Write to the cache, not --out; generate and play run it on a CPU if it is faster.",
     ),
     dtype: str = typer.Option("float32", help="Of the stored weights: float32 or float16; passes are in float32."),
     unroll: bool = typer.Option(False, "--unroll", help="Write one program more, with all steps of a block."),
@@ -117,5 +116,5 @@ def export_to_cache(model: str | None, preset: str | None, size: tuple[int, int]
         facts = {"out": str(made.folder), "seconds": dict(made.seconds), "speedup": made.speedup}
         return typer.echo(json.dumps(facts))
     eager, exported = made.seconds["eager"], made.seconds["exported"]
-    used = "generate, play and serve run it on a CPU" if made.speedup > 1 else "it is not used, since it is no faster"
+    used = "generate and play run it on a CPU" if made.speedup > 1 else "it is not used, since it is no faster"
     typer.echo(f"{quoted(made.folder)}: {exported:.3f} s a block, the model itself {eager:.3f} s; {used}")

@@ -56,6 +56,7 @@ from .options import (
     check_settings,
     check_start,
     counted,
+    note_cached,
     parse_forms,
     parse_settings,
     parse_size,
@@ -142,13 +143,6 @@ def warn_of_slow_cpu(engine: Engine, size: tuple[int, int], console: Console) ->
     message = long_on_cpu(engine.spec, engine.preset, engine.parts.vae.spec, size)
     if engine.device.type == "cpu" and message:
         console.print(message, highlight=False, soft_wrap=True)
-
-
-def note_cached(engine: Engine, console: Console) -> None:
-    """Print which engine of the cache runs in place of the model, if one does."""
-    if engine.config.engine is not None:
-        console.print(f"running the cached engine {engine.config.engine} (--executor eager runs the model itself)",
-                      highlight=False, soft_wrap=True)  # fmt: skip
 
 
 def advise_dtype(engine: Engine, console: Console) -> None:
@@ -510,7 +504,7 @@ def generate(
         prompt = default_prompt(exported) if prompt is None and prompt_embeds is None else prompt
     else:
         engine = load(model, preset=preset, device=device, dtype=dtype, **parts, **overrides)
-        note_cached(engine, console)
+        note_cached(engine)
     if engine.parts.form == "random":
         message = f"{model} has random, untrained weights: the picture is noise; --model takes a checkpoint"
         console.print(message, highlight=False, soft_wrap=True)

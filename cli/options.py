@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..errors import UsageError, cut, quoted
-from ..runtime.executor_specs import EXECUTORS, default_executor
+from ..runtime.executor_specs import AUTO, EXECUTORS, default_executor
 from ..schemes.layouts import LAYOUTS
 from ..user_yaml import parse_yaml
 
 if TYPE_CHECKING:
     from ..models.spec import ModelSpec
+    from ..runtime.engine import Engine
 
 OFFLINE = typer.Option(
     False, "--offline", help="Download no weights; a model's name is looked up in the local Hugging Face cache."
@@ -22,8 +23,8 @@ OFFLINE = typer.Option(
 EXECUTOR_NAMES = ", ".join(EXECUTORS)
 EXECUTOR = typer.Option(
     None,
-    help=f"Executor of passes: {EXECUTOR_NAMES}.  [default: {default_executor('cuda')} on a GPU; on a CPU an engine of "
-    f"inferix export --cache, if there is one, else {default_executor('cpu')}]",
+    help=f"Executor of passes: {EXECUTOR_NAMES}, or {AUTO}: on a CPU an engine of inferix export --cache, if there is "
+    f"one.  [default: {default_executor('cuda')} on a GPU, {default_executor('cpu')} on a CPU; generate, play: {AUTO}]",
 )
 GPUS = typer.Option(
     None, metavar="N", help="GPUs for a pass, or processes with --device cpu.  [default: 1, or torchrun's ranks]"
@@ -94,6 +95,13 @@ def ranks_of_launcher() -> int | None:
     return None if place is None else place.ranks
 
 
+def note_cached(engine: Engine) -> None:
+    """Print which engine of the cache runs in place of the model, if one does."""
+    if engine.config.engine is not None:
+        note = f"running the cached engine {engine.config.engine} (--executor eager runs the model itself)"
+        typer.echo(note, err=True)
+
+
 def check_beside_engine(engine: object, given: Mapping[str, object]) -> None:
     """Raise UsageError for flags, by name, that an exported engine has its own answer to."""
     if engine is not None and (flags := [flag for flag, value in given.items() if value is not None]):
@@ -137,8 +145,11 @@ def known_spec(model: str, **reading: Any) -> ModelSpec | None:
 
 def check_nvtx(nvtx: bool, device: str | None) -> None:
     """UsageError for NVTX ranges on another device than a GPU."""
+    if not nvtx:
+        return
+
     from ..runtime.config import default_device
 
     device = device or default_device()
-    if nvtx and not device.startswith("cuda"):
+    if not device.startswith("cuda"):
         raise UsageError(f"--nvtx marks work on a GPU, and device is {quoted(device)}; leave --nvtx out, or use cuda")

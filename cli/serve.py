@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import UsageError, quoted
-from ..runtime.executor_specs import AUTO
 from .options import (
     EXECUTOR,
     FORCE,
@@ -27,6 +26,7 @@ from .options import (
     check_nvtx,
     check_settings,
     check_start,
+    note_cached,
     parse_settings,
     parse_size,
     ranks_of_launcher,
@@ -167,17 +167,18 @@ def serve(
         listener = stack.enter_context(listen(host, port, rules.token))
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inferix-serve-")))
         engine = load(
-            **({} if exported is not None else given | {"executor": executor or AUTO}), engine=exported,
-            offline=offline, force=force,
+            **({} if exported is not None else given), engine=exported, offline=offline, force=force,
             size=None if size is None else parse_size(size),
             limits=engine_limits(rules, None if memory is None else parse_bytes(memory)),
             rewind_blocks=rewind_blocks, **chosen,
         )  # fmt: skip
+        if exported is None:
+            note_cached(engine)
         if engine.spec.condition_channels and image is None:  # of a name of the hub
             raise UsageError(f"{quoted(engine.parts.source)} begins with an image, and there is none; give --image")
         if nvtx:
             engine.start_ranges()
-        address = address_of(listener)
+        address, again = address_of(listener), ["--port", str(listener.getsockname()[1])]
 
         def ready() -> None:
             if as_json:
@@ -188,6 +189,5 @@ def serve(
             sys.stdout.flush()
 
         lost = run(Server(engine, rules, place), listener, ready, "info" if verbose else "warning", restart)
-        again = ["--port", str(listener.getsockname()[1])]
     if lost:  # in the place of this process, whose engine may have left anything behind
         os.execv(sys.executable, [sys.executable, "-m", "inferix", *sys.argv[1:], *again])

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +25,7 @@ import torch
 
 from ..errors import InferixError, UsageError, quoted
 from ..models.registry import MODELS, default_model, default_preset, make_preset, read_checkpoint, shipped
-from ..runtime.config import SETTINGS, default_device
+from ..runtime.config import SETTINGS, EngineConfig, default_device
 from ..runtime.engine import Engine
 from ..runtime.files import write_atomically
 from ..runtime.limits import Limits
@@ -45,8 +45,9 @@ MEASURED = "measured.json"  # beside the plan, which does not list it: an engine
 WARM_UP, TIMED = 2, 5  # blocks
 TOLERANCE = 1e-3  # largest difference of latents, relative to the largest latent
 LARGEST = 1 << 30  # bytes of a model: its files are hashed whenever it is loaded
-PLAIN: dict[str, Any] = {  # values of engine settings with which an engine can run in place of a model
-    "device": "cpu", "dtype": "float32", "gpus": 1, "lora_scale": 1.0, "lora_partial": False, "kernels": {},
+PLAIN: dict[str, Any] = {  # settings with which an engine can run in place of a model: the defaults, on a CPU
+    **{field.name: field.default for field in fields(EngineConfig)},
+    "device": "cpu", "dtype": "float32", "kernels": {},
 }  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def find_cached(
         return None
     given = {key: value for key, value in settings.items() if value is not None}
     own = {"device": default_device()} | {key: given[key] for key in given if key in SETTINGS and key not in KEPT}
-    if any(key not in PLAIN or value != PLAIN[key] for key, value in own.items()):
+    if any(value != PLAIN[key] for key, value in own.items()):
         return None
     key = engine_key(model, preset, size)
     cached = None if key is None else read_cached(folder / key)

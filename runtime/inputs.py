@@ -93,8 +93,9 @@ class Inputs:
         """A live video of which nothing has arrived. UsageError for a model that cannot be made from one."""
         resources, preset = self.resources, self.resources.preset
         if not resources.parts.vae.spec.encodes:
-            source = quoted(resources.parts.source)
-            raise UsageError(f"live is True, but {source} has no encoder; give a VAE that has one")
+            raise UsageError(
+                f"live is True, but {quoted(resources.parts.source)} has no encoder; give a VAE that has one"
+            )
         if preset.window_blocks > 1:
             count = preset.window_blocks
             raise UsageError(f"live is True, but {preset.name} has {count} blocks in flight; expected one")

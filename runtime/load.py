@@ -55,8 +55,9 @@ def load(
     are to come; one that the text encoder takes only in part is refused before weights are read.
 
     gpus: ranks that share each pass; those beside this process are started, or joined under torchrun. parallel: their
-    layout, such as `ulysses` or `pass-q`; `auto` takes the first that fits. shard_weights: they divide the weights. On
-    the CPU a rank is a process. What one of them fails at is a RankFailed that names it, `rank_timeout` seconds after
+    layout, such as `ulysses` or `pass-q`; `auto` takes the first that fits. shard_weights: they divide the weights.
+    shard_decoder: they decode some columns of each picture, as they do without it where the decoder allows. On the CPU
+    a rank is a process. What one of them fails at is a RankFailed that names it, `rank_timeout` seconds after
     it hangs at the latest. Under torchrun the call returns on rank 0 alone; the others serve it until it ends.
 
     engine: a folder that `inferix export` wrote. Its programs run in place of a model, with its preset, size and dtype;

@@ -96,6 +96,8 @@ class Connection:
         live = await self._begin()
         if live is None:
             return
+        client = self.socket.client
+        LOG.info("session %s attached by %s", live.id, "an unknown address" if client is None else client.host)
         try:
             await self._first_of(self._send_all(live), self._take_controls(live), self._wait_displaced())
         finally:

@@ -23,6 +23,7 @@ from ..errors import InferixError, SessionEnded, one_line
 from ..runtime.engine import Engine
 from ..runtime.sessions.output_queue import Block
 from ..runtime.sessions.session import Session
+from ..runtime.sinks import Frames
 from ..schemes.camera import Camera as CameraStart
 from ..schemes.camera import CameraMove
 from .checkpoints import Checkpoint, Checkpoints, token_hash
@@ -55,6 +56,7 @@ from .protocol import (
     Resume,
     Rewind,
     Save,
+    Snapshot,
     State,
     Stop,
 )
@@ -140,6 +142,7 @@ class LiveSession:
         self.pacer = Pacer()
         self.recording: Recording | None = None
         self.video: VideoIn | None = None
+        self.newest: Frames | None = None  # picture [H, W, 3]
         self._attached = asyncio.Event()
         self._producer: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -293,6 +296,7 @@ class LiveSession:
             dropped=None if self.video is None else self.video.dropped,
         )  # fmt: skip
         live_block = LiveBlock(block.frames, state, receipts, arrived)
+        self.newest = block.frames[-1].copy()
         if self.recording is not None:
             self.recording.add(live_block)
         skipped = self.outbox.put_block(live_block)
@@ -504,6 +508,12 @@ class LiveSession:
         url, size = self.recording.url, await self._finish_recording()
         self._applied(receipt, url=url, bytes=size)
 
+    async def _snapshot(self, control: Snapshot, receipt: Receipt) -> None:
+        if self.newest is None:
+            raise Refusal("wrong_order", "the session has no picture yet")
+        url, size = await asyncio.to_thread(self.hub.recordings.snapshot, self.newest)
+        self._applied(receipt, url=url, bytes=size)
+
     async def _finish_recording(self) -> int:
         """End the recording, if there is one; returns its bytes."""
         recording, self.recording = self.recording, None
@@ -600,6 +610,7 @@ VERBS: dict[type[Control], Callable[[LiveSession, Any, Receipt], Awaitable[None]
     Restore: LiveSession._restore,
     Reseed: LiveSession._seed,
     Record: LiveSession._record,
+    Snapshot: LiveSession._snapshot,
 }
 
 

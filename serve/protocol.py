@@ -149,6 +149,12 @@ class Record(Control):
     on: bool = True
 
 
+class Snapshot(Control):
+    """Keep the newest picture as a PNG file; the receipt has its url."""
+
+    type: Literal["snapshot"]
+
+
 class Ping(Control):
     """Ask for a `pong`."""
 
@@ -157,7 +163,7 @@ class Ping(Control):
 
 AnyControl = Annotated[
     Open | Attach | Prompt | Act | Camera | Pause | Resume | Stop | Fork | Rewind | Save | Restore | Reseed | Record
-    | Ping,
+    | Snapshot | Ping,
     Field(discriminator="type"),
 ]
 CONTROLS: TypeAdapter[Any] = TypeAdapter(AnyControl)

@@ -27,7 +27,7 @@ SEGMENT_SECONDS = 1  # of an HLS stream
 PUSH_SECONDS = 10.0  # that an RTMP server may take no data
 FILES = {  # names of a recording's files, and their media types
     r"video\.mp4": "video/mp4", r"index\.m3u8": "application/vnd.apple.mpegurl", r"init\.mp4": "video/mp4",
-    r"index[0-9]{1,9}\.m4s": "video/iso.segment",
+    r"index[0-9]{1,9}\.m4s": "video/iso.segment", r"picture\.png": "image/png",
 }  # fmt: skip
 
 
@@ -144,6 +144,17 @@ class Recordings:
         name = "video.mp4" if form == "mp4" else "index.m3u8"
         sink: Sink = VideoWriter(place / name, fps, size) if form == "mp4" else hls_writer(place, fps, size)
         return self._add(Recording(id, f"/v1/recordings/{id}/{name}", place, sink, round(self.seconds * fps)))
+
+    def snapshot(self, picture: Frames) -> tuple[str, int]:
+        """Write a picture [H, W, 3] to a folder of its own; returns its url and its bytes."""
+        from PIL import Image
+
+        self.trim()
+        id = secrets.token_hex(16)
+        path = self.folder / id / "picture.png"
+        path.parent.mkdir()
+        Image.fromarray(picture).save(path)
+        return f"/v1/recordings/{id}/{path.name}", path.stat().st_size
 
     def push(self, address: str, fps: float, size: tuple[int, int]) -> Recording:
         """Begin to send pictures to an RTMP server; Refusal for an address that is not allowed."""

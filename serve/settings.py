@@ -86,7 +86,7 @@ MEANINGS = {
     "upload_pixels": "pixels of an uploaded picture",
     "worlds": "saved worlds that are kept; the oldest go first",
     "recordings": "recordings that run at a time",
-    "recordings_kept": "finished recordings that are kept; the oldest go first",
+    "recordings_kept": "finished recordings and snapshots that are kept; the oldest go first",
     "recording_seconds": "seconds of video that a recording takes",
     "push_to": "beginning of the RTMP addresses that sessions may be pushed to; none: no push",
     "behind_blocks": "blocks that wait for a viewer",

@@ -90,7 +90,7 @@ class ToyWriter:
 
     options: ClassVar[dict[str, Any]] = {"opset": OPSET}
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: str = "float32") -> None:
         self.folder = folder
 
     def __enter__(self) -> ToyWriter:

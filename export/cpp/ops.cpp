@@ -6,6 +6,7 @@
 #define AT_PER_OPERATOR_HEADERS  // only the headers of the functions used, not of all
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -126,6 +127,15 @@ void merge_parts(const Tensor& results, const Tensor& sums, const Tensor& out, c
     if (lse) lse->copy_(sums.logsumexp(0));
 }
 
+void dense_attention(const Tensor& q, const Tensor& kv, int64_t first, int64_t count, const Tensor& out,
+                     double scale) {
+    const Tensor pages = at::arange(first, first + count, at::kLong);
+    for (int64_t row = 0; row < q.size(0); ++row) {
+        auto [scores, v] = scores_and_values(q[row], kv, pages, {}, 0, {}, scale, {0, q.size(2)});
+        out[row].copy_(scores.softmax(-1).matmul(v).transpose(0, 1));
+    }
+}
+
 // Rotation of queries and keys, and the write into pages
 
 // Cosines and sines [R, F*H*W, D/2, 2] of all tokens from each axis: [R, F, a, 2], [H, b, 2], [W, c, 2].
@@ -243,9 +253,36 @@ void rms_norm(const Tensor& x, const Tensor& weight, const Tensor& out, double e
     out.copy_(wide * at::rsqrt(wide.square().mean(last, true) + eps) * weight.to(wide.scalar_type()));
 }
 
-void rms_silu(const Tensor& x, const Tensor& gamma, const Tensor& out) {
-    const Tensor wide = x.to(wide_of(x)), size = wide.norm(2, last, true).clamp_min(1e-12);
-    out.copy_(at::silu(wide / size * std::sqrt(double(x.size(-1))) * gamma.to(wide.scalar_type())));
+// x with a bias and a residual added, in float32 or better.
+Tensor sum_of(const Tensor& x, const Maybe& bias, const Maybe& residual) {
+    Tensor total = x.to(wide_of(x));
+    for (const Maybe& added : {bias, residual})
+        if (added) total = total + added->to(total.scalar_type());
+    return total;
+}
+
+void rms_silu(const Tensor& x, const Tensor& gamma, const Maybe& bias, const Maybe& residual, const Maybe& total,
+              const Tensor& out, const Maybe& tail) {
+    const Tensor sum = sum_of(x, bias, residual), size = sum.norm(2, last, true).clamp_min(1e-12);
+    if (total) total->copy_(sum);
+    out.copy_(at::silu(sum / size * std::sqrt(double(x.size(-1))) * gamma.to(sum.scalar_type())));
+    if (tail) tail->copy_(out.narrow(0, out.size(0) - tail->size(0), tail->size(0)));
+}
+
+void conv_epilogue(const Tensor& x, const Maybe& bias, const Maybe& residual, const Tensor& out, int64_t parts,
+                   bool relu) {
+    const Tensor sum = sum_of(x, bias, residual), result = relu ? sum.relu() : sum;
+    out.copy_(result.unflatten(-1, {parts, -1}).movedim(-2, 1).flatten(0, 1));
+}
+
+void join_phases(const Tensor& x, const Maybe& bias, const Tensor& out) {
+    const int64_t rows = x.size(1) - 1, columns = x.size(2) - 1, channels = out.size(-1);
+    for (int64_t number = 0; number < 4; ++number) {
+        const int64_t down = number / 2, right = number % 2;
+        const Tensor phase =
+            x.narrow(1, down, rows).narrow(2, right, columns).narrow(3, number * channels, channels);
+        out.slice(1, down, std::nullopt, 2).slice(2, right, std::nullopt, 2).copy_(sum_of(phase, bias, {}));
+    }
 }
 
 void linear_lowp(const Tensor& x, const Tensor& weight, const Tensor& x_scale, const Tensor& weight_scale,
@@ -336,13 +373,18 @@ TORCH_LIBRARY(inferix, library) {
              "kv_pages(Tensor source, Tensor source_pages, Tensor(a2!) target, Tensor target_pages, "
              "Tensor? source_scale, Tensor(a5!)? target_scale) -> ()",
              "rms_norm(Tensor x, Tensor weight, Tensor(a2!) out, float eps) -> ()",
-             "rms_silu(Tensor x, Tensor gamma, Tensor(a2!) out) -> ()",
+             "rms_silu(Tensor x, Tensor gamma, Tensor? bias, Tensor? residual, Tensor(a4!)? total, Tensor(a5!) out, "
+             "Tensor(a6!)? tail) -> ()",
+             "conv_epilogue(Tensor x, Tensor? bias, Tensor? residual, Tensor(a3!) out, SymInt parts, bool relu) -> ()",
+             "join_phases(Tensor x, Tensor? bias, Tensor(a2!) out) -> ()",
+             "dense_attention(Tensor q, Tensor kv, SymInt first, SymInt count, Tensor(a4!) out, float scale) -> ()",
              "rope_append(Tensor q, Tensor k, Tensor v, Tensor rope_time, Tensor rope_rows, Tensor rope_columns, "
              "Tensor(a6!) out, Tensor(a7!) kv, Tensor pages, Tensor? rope_sink, Tensor(a10!)? q_sink, "
              "Tensor? kv_scale, bool half_split) -> ()",
              "linear_gelu(Tensor x, Tensor weight, Tensor bias, Tensor(a3!) out) -> ()",
              "all_to_all(Tensor x, Tensor(a1!) out, SymInt group) -> ()",
              "all_gather(Tensor x, Tensor(a1!) out, SymInt group) -> ()",
+             "hand_over(Tensor x, Tensor(a1!) out, SymInt group) -> ()",
          })
         library.def(schema, {at::Tag::pt2_compliant_tag});
 }
@@ -360,6 +402,9 @@ TORCH_LIBRARY_IMPL(inferix, CPU, library) {
     library.impl("kv_pages", &kv_pages);
     library.impl("rms_norm", &rms_norm);
     library.impl("rms_silu", &rms_silu);
+    library.impl("conv_epilogue", &conv_epilogue);
+    library.impl("join_phases", &join_phases);
+    library.impl("dense_attention", &dense_attention);
     library.impl("rope_append", &rope_append);
     library.impl("linear_gelu", &linear_gelu);
 }

@@ -37,7 +37,7 @@ from .vae import CausalVae
 from .vae_checkpoint import TINY_DECODERS, find_tiny_decoder, find_vae, load_decoder, load_vae
 from .vae_columns import JOINING
 from .vae_cpu import use_cpu_layers
-from .vae_gpu import use_gpu_layers
+from .vae_gpu import use_gpu_layers, with_plain_layers
 from .vae_spec import TAEW21, TAEW22, TinySpec, VaeSpec
 from .write_checkpoint import copy_text, write_experts, write_random_transformer, write_transformer, write_vae
 
@@ -145,7 +145,7 @@ class WanFamily(Family):
         return self.with_fast_layers(load_decoder(path, dtype, device))
 
     def column_decoder(self, decoder: Decoder, axis: Axis) -> ColumnDecoder:
-        return ColumnDecoder(decoder, axis, JOINING)
+        return ColumnDecoder(with_plain_layers(decoder), axis, JOINING)  # whose edges come in before each layer
 
     # Comparison
 

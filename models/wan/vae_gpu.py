@@ -13,6 +13,7 @@ result equals that of the plain layers to 1e-10 in float64 and to 1e-5 in float3
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -369,6 +370,16 @@ def with_gpu_layers(module: Module) -> Module:
     for layer in enlarged_convs(decoder):
         layer.phase_weight = phase_weight(layer.weight.detach())
     return module
+
+
+def with_plain_layers(module: Module) -> Module:
+    """Copy a decoder that has the layers of a GPU, sharing its weights, with plain layers; others are returned."""
+    plain = {fast: plain for plain, fast in LAYERS.items()}.get(type(module))
+    if plain is None:
+        return module
+    copied: nn.Module = copy.copy(module)
+    copied.__class__ = plain
+    return cast(Module, copied)
 
 
 def enlarged_convs(decoder: nn.Module) -> list[nn.Conv2d]:

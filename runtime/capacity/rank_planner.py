@@ -256,13 +256,13 @@ def rank_memory(
 def plans(load: Workload, gpus: int, memory: int, ceiling: Ceiling, link: Link) -> Iterator[RankPlan]:
     """Every layout of `gpus` GPUs: replicas of one GPU, of all, and of each divisor between.
 
-    Divided weights, and ranks that hold layers, are listed where nothing else of as many ranks fits.
+    Divided weights are listed where a layout does not fit without, and ranks that hold layers where nothing else of as
+    many ranks or fewer fits, divided weights aside.
     """
-    parts = divided_of(load)
+    parts, fit = divided_of(load), False
     for ranks in (count for count in range(1, gpus + 1) if gpus % count == 0):
         layouts = [layout for layout in parts.layouts(ranks) if layout != LAYERS]
         grids = [parts.grid_of(layout, ranks) for layout in layouts] if ranks > 1 else [RankGrid()]
-        fit = False
         for grid in grids:
             assert grid is not None
             whole = plan(load, grid, gpus // ranks, memory, ceiling, link)

@@ -126,8 +126,8 @@ class GraphBuilder:
         builder = self.builder(key, texts)
         if key.whole:
             committed = self.preset.context.commit_in_next  # by the next block, or by itself
-            planned = [planned for planned in builder.planned if planned.runs is Runs.BLOCK]
-            passes = tuple(builder.one(planned) for planned in planned if planned.steps or not committed)
+            own = [each for each in builder.planned if each.runs is Runs.BLOCK and each.tables in ("block", "both")]
+            passes = tuple(builder.one(planned) for planned in own if planned.steps or not committed)
             return self.rewritten(key, self.block(key, builder, (builder.noise(), *passes), ("latents",)))
         shape = builder.timesteps_shape(key.latent[0])
         timesteps = Value("timesteps", Role.INPUT, shape, torch.float32, When.PASS)

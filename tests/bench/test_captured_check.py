@@ -102,7 +102,7 @@ class NodeRecorder(Recorder):
         super().__init__(DryRun(90), "block")
         self.driver = driver
 
-    def note_kernel(self, name: str, grid: Any) -> None:
+    def note_kernel(self, name: str, grid: Any, packs_queries: bool) -> None:
         """Leave kernels to `recording`, which sees their arguments."""
 
     def note(self, op: str, kind: str, *args: Any, launched: bool = True) -> None:

@@ -244,7 +244,7 @@ def test_rows_of_some_ops_are_written_beside_the_others(monkeypatch, tmp_path):
     monkeypatch.setattr(
         compile_gate,
         "compile_all",
-        lambda ops, cache: {name: row for name, row in compiled_as(table).items() if op_of(name) in ops},
+        lambda ops, cache, names: {name: row for name, row in compiled_as(table).items() if op_of(name) in ops},
     )
     table_file(OLDEST).write_text(json.dumps(old))
     write_table(["adaln"], runs=2)
@@ -252,7 +252,8 @@ def test_rows_of_some_ops_are_written_beside_the_others(monkeypatch, tmp_path):
     assert new.keys() == table.keys()
     assert {op_of(name) for name, row in new.items() if row["registers"] != 1} == {"adaln"}
     before = table_file(OLDEST).read_text()
-    monkeypatch.setattr(compile_gate, "compile_all", lambda ops, cache: {ROW: compiled_as(table)[ROW] | {"matrix": 0}})
+    wrong = compiled_as(table)[ROW] | {"matrix": 0}
+    monkeypatch.setattr(compile_gate, "compile_all", lambda ops, cache, names: {ROW: wrong})
     with pytest.raises(InferixError, match="no tensor core"):
         write_table(["block_attention"], runs=2)
     assert table_file(OLDEST).read_text() == before

@@ -16,7 +16,6 @@ from cpp_build import Built
 
 from inferix.bench.kernels import clone_inputs
 from inferix.kernels.catalog import PLAIN, SPECS
-from inferix.kernels.collectives import ALL_GATHER_SPEC, ALL_TO_ALL_SPEC
 from inferix.kernels.linear_gelu import linear_gelu
 from inferix.kernels.spec import FP8, KernelSpec
 from inferix.kernels.verify import wrong_values
@@ -71,7 +70,6 @@ def test_ops_in_cpp_equal_their_references(built: Built, tmp_path: Path) -> None
 
 
 def test_a_collective_has_no_form(built: Built, tmp_path: Path) -> None:
-    assert {ALL_TO_ALL_SPEC.name, ALL_GATHER_SPEC.name} == {"all_to_all", "all_gather"}
     with pytest.raises(AssertionError, match=r"inferix::all_gather"):
         in_cpp(built, [("all_gather", {"x": torch.ones(2), "out": torch.ones(4), "group": 0})], tmp_path)
 
@@ -82,7 +80,7 @@ class Keeps(torch.nn.Module):
     def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         normed, out = torch.empty_like(x), torch.empty_like(x)
         torch.ops.inferix.rms_norm(x * 2, weight, normed, 1e-6)
-        torch.ops.inferix.rms_silu(normed, weight, out)
+        torch.ops.inferix.rms_silu(normed, weight, None, None, None, out, None)
         return out + x
 
 

@@ -21,8 +21,8 @@ pytest.importorskip("triton")
 OPS = [name for name, spec in SPECS.items() if triton_form(spec) is not None]
 
 
-def test_every_op_has_a_kernel_to_take_along() -> None:
-    assert list(SPECS) == OPS
+def test_every_op_with_a_kernel_of_ours_takes_it_along() -> None:
+    assert set(SPECS) - set(OPS) == {"dense_attention"}  # which libraries compute
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -8,8 +8,10 @@ import torch
 from diffusers import AutoencoderKLWan
 from oracles import randomise
 
+from inferix.graphs.shards import Axis
 from inferix.models.decoder import StreamState
 from inferix.models.wan import vae_cpu
+from inferix.models.wan.family import WAN
 from inferix.models.wan.vae import CausalVae
 from inferix.models.wan.vae_cpu import use_cpu_layers
 from inferix.models.wan.vae_gpu import InputBuffer, as_clip, use_gpu_layers, with_gpu_layers
@@ -209,6 +211,14 @@ def test_gpu_layers_keep_names_and_values_and_are_for_a_gpu():
     assert type(fast) is not CausalVae and fast.name == CausalVae.name
     assert list(fast.state_dict()) == list(before)
     assert all(torch.equal(fast.state_dict()[name], weight) for name, weight in before.items())
+
+
+@torch.no_grad()
+def test_ranks_that_decode_columns_take_the_plain_layers():
+    fast = with_gpu_layers(make(SMALL).double())
+    columns = WAN.column_decoder(fast, Axis()).inner
+    assert type(columns) is CausalVae and type(fast) is not CausalVae
+    assert columns.post_quant_conv.weight is fast.post_quant_conv.weight
 
 
 def test_windows_of_an_input_buffer_are_channels_last_and_share_their_past():

@@ -30,6 +30,7 @@ from inferix.runtime.capacity.planner import Workload, steady_blocks
 from inferix.runtime.engine import Engine
 from inferix.runtime.sessions.session import Session
 from inferix.schemes.layouts import BRANCHES, HEADS, TOKENS, RankGrid
+from inferix.schemes.page_needs import needs_negative
 
 LIMIT = 1e-10
 DECODERS: dict[str, Callable[[], Decoder]] = {
@@ -90,7 +91,8 @@ def test_columns_of_all_ranks_are_the_picture_of_one(name: str, ranks: int) -> N
 @torch.no_grad()
 def stream(engine: Engine, path: Path) -> tuple[NDArray[np.uint8], Tensor]:
     """Frames of blocks with a fork, a rewind and a save, and the latents of the last one."""
-    with engine.open(prompt_embeds=ROWS, size=SIZE, seed=11) as session:
+    more = {"negative_embeds": ROWS.flip(0)} if needs_negative(engine.preset) else {}
+    with engine.open(prompt_embeds=ROWS, size=SIZE, seed=11, **more) as session:
         made = [block.frames for block in session.stream(2)]
         session.save(path)
         with session.fork() as other:

@@ -84,7 +84,7 @@ def test_a_fork_shares_no_value_that_changes_in_place() -> None:
         fork.release()
         session.current.change = None
     unsaved = {item.name for item in fields(SessionState) if FieldRule.of(item).save is None}
-    assert unsaved == {"prefix_frames", "given"}
+    assert unsaved == {"prefix_frames", "given", "live"}
 
 
 def test_a_shot_whose_first_block_was_rolled_back_begins_after_a_restore(tmp_path, monkeypatch) -> None:

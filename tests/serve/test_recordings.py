@@ -1,6 +1,7 @@
 """Recordings of a live session: an MP4 file, and an HLS stream that foreign readers take."""
 
 import asyncio
+import io
 import shutil
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import av
 import httpx
 import pytest
 from live_client import Client, serving
+from PIL import Image
 
 from inferix.media import read_video
 from inferix.serve.recording import Recordings
@@ -44,6 +46,10 @@ def test_a_session_is_recorded_as_mp4_and_as_hls(served):
                 assert frames >= 8
                 assert httpx.get(served.url + ended["url"]).content == path.read_bytes()
             assert (await client.refused("record", on=False))["code"] == "wrong_order"
+            taken = await client.applied("snapshot")
+            picture = httpx.get(served.url + taken["url"])
+            assert picture.headers["content-type"] == "image/png" and len(picture.content) == taken["bytes"]
+            assert Image.open(io.BytesIO(picture.content)).size == (64, 64)
             await client.applied("record", format="mp4")
             async with served.connect() as other, Client(other) as second:
                 await second.open()
