@@ -11,6 +11,8 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Protocol
 
+import numpy as np
+
 from ..errors import CheckpointError, InferixError, quoted
 from .numerics import Array
 from .plan import Plan
@@ -102,7 +104,8 @@ class AotInductor:
         run = aoti_load_package(str(path)).loader.run
 
         def program(values: Mapping[str, Array]) -> Values:
-            results = run([torch.from_numpy(values[name]) for name in inputs])
+            # it reads memory as if there were no strides
+            results = run([torch.from_numpy(np.ascontiguousarray(values[name])) for name in inputs])
             return {name: result.numpy() for name, result in zip(outputs, results, strict=True)}
 
         return program

@@ -159,7 +159,7 @@ class Router:
 
     async def server_for(self, method: str, path: str, query: Mapping[str, str]) -> str:
         """The server that a request of a path is passed on to; Refusal where there is none."""
-        if re.fullmatch(r"/v1/(models|worlds(/[^/]+)?)", path):
+        if re.fullmatch(r"/v1/(models|live/schema|worlds(/[^/]+)?)", path):
             return self.any_url()
         if (method, path) == ("POST", "/v1/videos"):
             url = choose_for_job(self.replicas)

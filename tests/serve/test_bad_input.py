@@ -305,14 +305,19 @@ def test_a_server_outlives_fuzzed_messages(tmp_path, caplog):
     counts = Counter()
 
     async def spray(served, messages):
-        """Send messages until the server has had enough of this connection; returns how many were sent."""
-        protocol, sent = random.Random(len(messages)).choice(["inferix.json", "inferix.msgpack"]), 0
+        """Send messages, each once the last one is answered, until the server has had enough of this connection."""
+        protocol = random.Random(len(messages)).choice(["inferix.json", "inferix.msgpack"])
+        codec = Codec(protocol)
         async with served.connect(subprotocols=[protocol]) as socket:
             try:
-                while messages and sent < 200:
+                while messages:
                     data = messages.pop()
-                    sent += 1
-                    await socket.send(data if protocol == "inferix.msgpack" else data.decode("utf-8", "replace"))
+                    await socket.send(data if codec.binary else data.decode("utf-8", "replace"))
+                    counts["sent"] += 1
+                    while True:
+                        event = codec.read_event(await socket.recv())
+                        if event is not None and event["type"] in ("refused", "received", "opened", "ended"):
+                            break
             except websockets.ConnectionClosed as closed:
                 counts[closed.rcvd.code if closed.rcvd else None] += 1
 
