@@ -156,10 +156,10 @@ GOALS = (
          public="0.344 s, H100: four denoising passes, no commit (FlashDreams, 2026-05)"),
     # both have the whole card, so their times add up
     Goal("1.3B Self-Forcing, window 21: with the Wan VAE", "wan-1.3b", "self-forcing", "interval", 0.42,
-         SELF_FORCING, window=21, decoder="CausalVae", predicted=0.545,
+         SELF_FORCING, window=21, decoder="CausalVae", predicted=0.497,
          public="0.356 s, GPU not named: passes 0.188, decoder 0.133, commit 0.035 (FlashDreams, pull request 148)"),
     Goal("1.3B Self-Forcing, window 21: with TAEHV", "wan-1.3b", "self-forcing", "interval", 0.33,
-         f"{SELF_FORCING} --vae taehv", window=21, decoder="TinyDecoder", predicted=0.402,
+         f"{SELF_FORCING} --vae taehv", window=21, decoder="TinyDecoder", predicted=0.401,
          public="0.449 s for each of 5 H200 (133.7 FPS): five passes, no text, no decoder (vLLM-Omni, 2026-10)"),
     Goal("1.3B LongLive, window 12, sink 3: transformer", "wan-1.3b", "longlive", "transformer", 0.225,
          f"{RUN} wan-1.3b --preset longlive", window=12, predicted=0.277,
@@ -168,7 +168,7 @@ GOALS = (
          f"{RUN} wan-14b --preset krea", predicted=1.249,
          public="2.8 s (4.3 FPS), H100: compiled, the application's frame rate (Scope, pull request 55)"),
     Goal("Wan VAE: streaming decode of a 3-frame block", "wan-1.3b", "self-forcing", "decode", 0.10,
-         SELF_FORCING, decoder="CausalVae", predicted=0.150,
+         SELF_FORCING, decoder="CausalVae", predicted=0.102,
          public="0.133 s, GPU not named: the decoder alone (FlashDreams, pull request 148)"),
     # FP8 pages save memory, no time: attention multiplies in half precision, and takes two thirds of a block
     Goal("1.3B Self-Forcing, window 21, FP8 linears and pages: transformer", "wan-1.3b", "self-forcing",

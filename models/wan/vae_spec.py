@@ -190,7 +190,7 @@ WAN22_VAE = VaeSpec(
          0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
          0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
 )  # fmt: skip
-GROUP = 3  # latent frames that go through the layers of a GPU together
+GROUP = 2  # latent frames that go through the layers of a GPU together; a third saves 2 % of the time and costs 0.9 GB
 TINY_VAE = replace(WAN21_VAE, base_channels=16, decoder_channels=16, num_res_blocks=1)
 TINY_VAE22 = replace(WAN22_VAE, base_channels=16, decoder_channels=16, num_res_blocks=1)
 TAEW21 = TinySpec(z_dim=16, widths=(256, 128, 64, 64), time=(1, 2, 2), patch=1)
