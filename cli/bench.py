@@ -292,7 +292,7 @@ def serve(
 
     Example: inferix bench serve --sessions 3 --seconds 30
 
-    Example: inferix bench serve --sessions 3 --churn 30 --out churn.json
+    Example: inferix bench serve --sessions 3 --churn 1 --out churn.json
     """
     from ..bench import churn as churning
     from ..bench import serve as bench
