@@ -33,6 +33,7 @@ from ..runtime.load import load
 from ..runtime.sessions.output_queue import Block
 from ..schemes.defaults import DEFAULT_PROMPT
 from ..schemes.presets import FIELDS, with_settings
+from ..user_files import read_json
 from ..version import __version__
 from .engine_folder import rows_of, write_engine
 from .inside import KEPT, load_exported
@@ -42,6 +43,7 @@ from .targets import TARGETS, check_target, find_target, needed_features
 VARIABLE, OFF = "INFERIX_ENGINE_CACHE", "off"
 TARGET = "onnx"
 MEASURED = "measured.json"  # beside the plan, which does not list it: an engine without it is not used
+RUN = ("eager", "exported")  # what is timed
 WARM_UP, TIMED = 2, 5  # blocks
 TOLERANCE = 1e-3  # largest difference of latents, relative to the largest latent
 LARGEST = 1 << 30  # bytes of a model: its files are hashed whenever it is loaded
@@ -73,9 +75,21 @@ def cache_folder() -> Path | None:
 
 
 def read_cached(folder: Path) -> CachedEngine | None:
-    """The engine in a folder of the cache; None where there is none, or one that was not measured."""
+    """The engine in a folder of the cache; None where there is none, or one that was not measured.
+
+    UsageError for a file of its times that was changed.
+    """
     path = folder / MEASURED
-    return CachedEngine(folder, json.loads(path.read_text("utf-8"))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    seconds = read_json(path, "times of a cached engine")
+    values = [seconds.get(name) for name in RUN] if isinstance(seconds, dict) else []
+    if not values or not all(isinstance(value, int | float) and value > 0 for value in values):
+        raise UsageError(
+            f"times of a cached engine in {quoted(str(path))} are {quoted(seconds)}; expected seconds of "
+            f"{' and '.join(RUN)}: delete its folder"
+        )
+    return CachedEngine(folder, seconds)
 
 
 def find_cached(
@@ -169,7 +183,7 @@ def make_cached(
 
 def measured_seconds(model: Engine, exported: Engine) -> dict[str, float]:
     """Median seconds of a block by a model and by its exported engine, in turn; InferixError if latents differ."""
-    seconds: dict[str, list[float]] = {"eager": [], "exported": []}
+    seconds: dict[str, list[float]] = {name: [] for name in RUN}
     size = exported.default_size
     with model.open(DEFAULT_PROMPT, size=size) as first, exported.open(DEFAULT_PROMPT, size=size) as second:
         for index in range(WARM_UP + TIMED):

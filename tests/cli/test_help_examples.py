@@ -106,6 +106,7 @@ def marked(example):
 @pytest.mark.parametrize("example", [marked(line) for line in EXAMPLES if not line.startswith(DRIVEN)])
 def test_an_example_runs_as_it_is_printed(tmp_path, monkeypatch, store, example):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("INFERIX_ENGINE_CACHE", str(tmp_path / "engines"))
     if "--compile-only" in example:
         pytest.importorskip("triton")
     run(example, store)

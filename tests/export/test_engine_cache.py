@@ -66,6 +66,14 @@ def test_generate_runs_the_cached_engine(world: str, made: Path, tmp_path: Path)
     assert done.exit_code == 0 and str(made) not in done.stderr
 
 
+@pytest.mark.parametrize("text", ["", "[1]", '{"eager": 1}', '{"eager": 1, "exported": 0}', '{"eager": "1", "exported": 1}'])
+def test_changed_times_are_refused_by_their_file(text: str, world: str, made: Path) -> None:
+    (made / MEASURED).write_text(text)
+    with pytest.raises(UsageError, match=MEASURED):
+        find_cached(world, "tinyworld", None, {})
+    set_speedup(made, 2.0)
+
+
 OTHERS: dict[str, dict[str, Any]] = {
     "dtype": {"dtype": "bfloat16"}, "device": {"device": "cuda"}, "adapter": {"lora": "style"}, "ranks": {"gpus": 2},
     "form": {"kernels": {"rms_norm": "reference"}}, "recomputed context": {"segment_frames": 6, "rebuild_frames": 3},
