@@ -66,7 +66,9 @@ def test_generate_runs_the_cached_engine(world: str, made: Path, tmp_path: Path)
     assert done.exit_code == 0 and str(made) not in done.stderr
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"eager": 1}', '{"eager": 1, "exported": 0}', '{"eager": "1", "exported": 1}'])
+@pytest.mark.parametrize(
+    "text", ["", "[1]", '{"eager": 1}', '{"eager": 1, "exported": 0}', '{"eager": "1", "exported": 1}']
+)
 def test_changed_times_are_refused_by_their_file(text: str, world: str, made: Path) -> None:
     (made / MEASURED).write_text(text)
     with pytest.raises(UsageError, match=MEASURED):
