@@ -159,6 +159,8 @@ def serve(
             "--restart goes on from checkpoints, and there are none; give --checkpoint-every and --folder or --shared"
         )
     given["gpus"] = gpus or ranks_of_launcher()
+    if restart and ranks_of_launcher():
+        raise UsageError("--restart starts its own ranks again, and a launcher started these; give --gpus without one")
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("inferix.serve").setLevel(logging.INFO)
     if exported is None and (model is not None or preset is not None):
@@ -190,4 +192,4 @@ def serve(
 
         lost = run(Server(engine, rules, place), listener, ready, "info" if verbose else "warning", restart)
     if lost:  # in the place of this process, whose engine may have left anything behind
-        os.execv(sys.executable, [sys.executable, "-m", "inferix", *sys.argv[1:], *again])
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "inferix", *sys.argv[1:], *again])

@@ -4,7 +4,8 @@
 be faster. The environment variable `INFERIX_ENGINE_CACHE` names another folder, or is `off`: none is looked for.
 
 The name of an engine's folder is a hash of what its pictures depend on: the files of the model, the preset, the size,
-and the versions of inferix, torch and the runtime. An engine of other weights or of another version is not found.
+the modules that were traced, and the versions of inferix, torch and the runtime. An engine of other weights, code or
+versions is not found.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from importlib import metadata
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -35,13 +38,14 @@ from ..schemes.defaults import DEFAULT_PROMPT
 from ..schemes.presets import FIELDS, with_settings
 from ..user_files import read_json
 from ..version import __version__
-from .engine_folder import rows_of, write_engine
-from .inside import KEPT, load_exported
+from .engine_folder import rows_of, write_engine, writes_words
+from .inside import KEPT, load_exported, needs_other_programs
 from .plan import VERSION, file_hash, preset_values, read_plan
 from .targets import TARGETS, check_target, find_target, needed_features
 
 VARIABLE, OFF = "INFERIX_ENGINE_CACHE", "off"
 TARGET = "onnx"
+TRACED = ("models", "schemes", "export")  # folders of the package
 MEASURED = "measured.json"  # beside the plan, which does not list it: an engine without it is not used
 RUN = ("eager", "exported")  # what is timed
 WARM_UP, TIMED = 2, 5  # blocks
@@ -107,13 +111,19 @@ def find_cached(
     own = {"device": default_device()} | {key: given[key] for key in given if key in SETTINGS and key not in KEPT}
     if any(value != PLAIN[key] for key, value in own.items()):
         return None
-    key = engine_key(model, preset, size)
-    cached = None if key is None else read_cached(folder / key)
-    if cached is None or cached.speedup <= 1:
+    if (key := engine_key(model, preset, size)) is None:
         return None
-    plan = read_plan(cached.folder)
+    try:
+        cached = read_cached(folder / key)
+        plan = None if cached is None or cached.speedup <= 1 else read_plan(cached.folder)
+    except InferixError as error:
+        warnings.warn(f"the model itself runs, since its cached engine cannot be read: {error}", stacklevel=2)
+        return None
+    if plan is None or plan["text"]["encoder"] != "words":
+        return None
     scheme = with_settings(plan.preset, **{key: value for key, value in given.items() if key in FIELDS})
-    return cached.folder if TARGETS[TARGET].can >= set(needed_features(scheme, plan["dtype"], False)) else None
+    can = TARGETS[TARGET].can >= set(needed_features(scheme, plan["dtype"], False))
+    return plan.folder if can and needs_other_programs(plan, scheme) is None else None
 
 
 def load_cached(
@@ -143,9 +153,18 @@ def engine_key(model: str | Path | None, preset: str | None, size: tuple[int, in
         "files": {path.relative_to(place).as_posix(): file_hash(path) for path in files},
         "preset": preset_values(make_preset(preset or default_preset(name))),
         "size": size or read_checkpoint(place).spec.default_size,
-        "versions": [VERSION, __version__, torch.__version__, metadata.version(TARGETS[TARGET].runtime)],
+        "versions": [VERSION, __version__, torch.__version__, import_module(TARGETS[TARGET].runtime).__version__],
+        "code": code_hash(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@cache
+def code_hash() -> str:
+    """A hash of the modules that a program is traced from."""
+    root = Path(__file__).parents[1]
+    files = sorted(path for folder in TRACED for path in (root / folder).rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def make_cached(
@@ -156,7 +175,8 @@ def make_cached(
 ) -> CachedEngine:
     """Export a model into the cache, unless it is there, and measure it beside the model.
 
-    Raises UsageError where the cache is off, for a model that is no folder, and for what the target cannot do.
+    Raises UsageError where the cache is off, for a model that is no folder or has no table of words, and for what the
+    target cannot do.
     """
     folder, target = cache_folder(), find_target(TARGET)
     if folder is None:
@@ -171,6 +191,9 @@ def make_cached(
     check_target(target, make_preset(preset or default_preset(name)), "float32", False)
     progress(f"loading {name}")
     engine = load(name, preset, device="cpu", executor="eager", dtype="float32", size=size)
+    if not writes_words(engine):
+        raise UsageError(f"model is {quoted(name)}, whose prompts need its text encoder; an engine in the cache has to "
+                         "follow any prompt: give out, and prompts to take along")  # fmt: skip
     if not (folder / key).is_dir():
         prefixes = engine.parts.vae.spec.encodes and engine.preset.context.image == "prefix"
         chosen = engine.default_size if size is None else size

@@ -6,7 +6,7 @@ pass gathers the pages that it sees into the tensors that a program reads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ..runtime.executor_specs import MODEL_EXECUTORS, ExecutorSpec
 from ..runtime.limits import Limits
 from ..runtime.sampler import Sampler
 from ..runtime.telemetry.profile import Profile
+from ..schemes.page_needs import window
 from ..schemes.presets import FIELDS, Preset, with_settings
 from .backends import LoadProgram, Program, program_loader
 from .plan import Plan, read_plan, restored
@@ -59,6 +60,10 @@ def load_exported(
                              "leave it out, or export another engine")  # fmt: skip
     preset = with_settings(plan.preset, **{key: value for key, value in settings.items() if key in FIELDS})
     check_target(TARGETS[plan["target"]], preset, plan["dtype"], False)
+    if (key := needs_other_programs(plan, preset)) is not None:
+        asked, made = (quoted(TRACED_WITH[key](each)) for each in (preset, plan.preset))
+        raise UsageError(f"{key} is {asked}, but the programs of the engine {quoted(folder)} were made for {made}; "
+                         "leave it out, or export another engine")  # fmt: skip
     kept = {key: value for key, value in settings.items() if key in KEPT}
     source = plan["model"]["source"]
     config = EngineConfig.of(source, preset.name, device="cpu", dtype=plan["dtype"],
@@ -66,6 +71,23 @@ def load_exported(
     load = load or program_loader(plan)
     programs = {name: load(path) for name in plan["programs"] if (path := plan.program(name)) is not None}
     return Engine(config, preset, exported_components(plan, preset, programs), limits)
+
+
+TRACED_WITH: dict[str, Callable[[Preset], Any]] = {  # what the programs of an engine are traced with
+    "num_frame_per_block": lambda preset: preset.num_frame_per_block,
+    "independent_first_frame": lambda preset: preset.independent_first_frame,
+    "decoder_zero_start": lambda preset: preset.context.decoder_zero_start,
+    "local_attn_size": window,  # the longest
+}
+
+
+def needs_other_programs(plan: Plan, preset: Preset) -> str | None:
+    """A field of a preset for which an engine has no programs; None where it can run the preset."""
+    for key, value in TRACED_WITH.items():
+        asked, made = value(preset), value(plan.preset)
+        if asked > made if key == "local_attn_size" else asked != made:
+            return key
+    return None
 
 
 def exported_components(plan: Plan, preset: Preset, programs: Mapping[str, Program]) -> Components:

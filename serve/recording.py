@@ -11,12 +11,13 @@ import queue
 import re
 import secrets
 import shutil
+import threading
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
-from ..errors import InferixError, quoted
+from ..errors import InferixError, one_line, quoted
 from ..runtime.media import VideoWriter
 from ..runtime.sinks import DecodedBlock, Frames, Pump, Sink
 from .encoders import BT709, LIMITED, video_frame
@@ -132,6 +133,7 @@ class Recordings:
         self.folder, self.running, self.kept, self.seconds = folder, running, kept, seconds
         self.push_to = push_to
         self.open: dict[str, Recording] = {}
+        self.trimming = threading.Lock()  # pictures are written by threads
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, form: Literal["mp4", "hls"], fps: float, size: tuple[int, int]) -> Recording:
@@ -153,7 +155,11 @@ class Recordings:
         id = secrets.token_hex(16)
         path = self.folder / id / "picture.png"
         path.parent.mkdir()
-        Image.fromarray(picture).save(path)
+        try:
+            Image.fromarray(picture).save(path)
+        except OSError as error:
+            shutil.rmtree(path.parent, ignore_errors=True)
+            raise InferixError(f"the picture could not be written: {one_line(error)}; free some space") from error
         return f"/v1/recordings/{id}/{path.name}", path.stat().st_size
 
     def push(self, address: str, fps: float, size: tuple[int, int]) -> Recording:
@@ -196,7 +202,8 @@ class Recordings:
 
     def trim(self) -> None:
         """Remove the oldest finished recordings beyond `kept`."""
-        finished = [place for place in self.folder.iterdir() if place.is_dir() and place.name not in self.open]
-        finished.sort(key=lambda place: place.stat().st_mtime)
-        for place in finished[: max(0, len(finished) + 1 - self.kept)]:
-            shutil.rmtree(place, ignore_errors=True)
+        with self.trimming:
+            finished = [place for place in self.folder.iterdir() if place.is_dir() and place.name not in self.open]
+            finished.sort(key=lambda place: place.stat().st_mtime)
+            for place in finished[: max(0, len(finished) + 1 - self.kept)]:
+                shutil.rmtree(place, ignore_errors=True)

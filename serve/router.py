@@ -44,6 +44,7 @@ POLL_SECONDS = 1.0  # between two looks at the servers
 ANSWER_SECONDS = 5.0  # for a server's numbers, and for a WebSocket to it
 PING_SECONDS = 5.0  # after which a server that is cut off is noticed
 RETRY_SECONDS = 0.3  # between two tries to go on with a session
+PASSED_AT_A_TIME = 100  # requests that are passed on
 PASSED_SECONDS = 60.0  # that a server may take to answer a request that is passed on
 SENT_HEADERS = ("accept", "content-type", "if-modified-since", "if-none-match", "if-range", "range")
 KEPT_HEADERS = (
@@ -71,6 +72,10 @@ class Router:
         self.replicas: dict[str, ReplicaFacts] = {}
         self.headers = {} if settings.token is None else {"Authorization": f"Bearer {settings.token}"}
         self.client = httpx.AsyncClient(headers=self.headers, timeout=ANSWER_SECONDS)
+        # Downloads have connections of their own: slow readers must not hold those that servers are asked by.
+        self.passing = httpx.AsyncClient(
+            headers=self.headers, timeout=ANSWER_SECONDS, limits=httpx.Limits(max_connections=PASSED_AT_A_TIME)
+        )
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -81,6 +86,7 @@ class Router:
         finally:
             poller.cancel()
             await self.client.aclose()
+            await self.passing.aclose()
 
     async def _poll_forever(self) -> None:
         while True:
@@ -171,6 +177,8 @@ class Router:
             return await self.holder_of(path)
         if (peer := re.fullmatch(rf"/v1/(?:whep|whip)(?:/({ID}))?", path)) is not None:
             session = peer[1] or query.get("session")
+            if session is not None and re.fullmatch(ID, session) is None:
+                raise Refusal("invalid", f"session is {quoted(session, 64)}; expected an id of 32 hexadecimal digits")
             holder = None if session is None else await self.poll(session)
             if holder is None and method == "POST":
                 return self.choose(set(), moved=session is not None)
@@ -474,13 +482,13 @@ def router_app(router: Router) -> FastAPI:
 
 async def passed_on(router: Router, url: str, request: Request) -> Response:
     """The answer of a server to a request."""
-    sent = router.client.build_request(
+    sent = router.passing.build_request(
         request.method, f"{url}{request.url.path}", params=str(request.url.query),
         headers={name: request.headers[name] for name in SENT_HEADERS if name in request.headers},
         content=request.stream() if request.method == "POST" else None, timeout=PASSED_SECONDS,
     )  # fmt: skip
     try:
-        answer = await router.client.send(sent, stream=True)
+        answer = await router.passing.send(sent, stream=True)
     except httpx.HTTPError as error:
         raise Refusal("at_capacity", "the server does not answer", 503, None, RETRY_AFTER) from error
     headers = {name: value for name, value in answer.headers.items() if name in KEPT_HEADERS}

@@ -59,7 +59,7 @@ class DrainingServer(ReadyServer):
     async def _watch_engine(self) -> None:
         while self.server.host.alive:
             await asyncio.sleep(LOOK_SECONDS)
-        if not self.should_exit:
+        if not self.should_exit and self._draining is None:
             LOG.error("the engine has ended: %s", self.server.host.reason)
             self.lost = self.should_exit = True
 

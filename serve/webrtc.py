@@ -243,6 +243,10 @@ class WebRtc:
                 live = await self.hub.attach(begin)
             else:
                 live = await self.hub.open(begin, lambda _: None, strength)
+            taken = tracks[:1] if way == "whip" else []
+            for transceiver in connection.getTransceivers():  # frames of a track that nobody reads would pile up
+                if transceiver.receiver.track not in taken:
+                    transceiver.direction = "sendonly" if transceiver.kind == "video" else "inactive"
             pictures = Pictures(self.hub.host.engine.fps)
             peer = Peer(self.hub, live, connection, pictures, tracks[0] if way == "whip" else None)
             connection.addTrack(make_track(pictures))

@@ -558,6 +558,7 @@ $("file").addEventListener("change", async () => {
 // The camera's video goes to the server by WebRTC, and the active pane shows the world that is made from it.
 
 let camera = null; // {stream, peer}
+let asking = false; // while the browser asks for the camera
 
 const gathered = (peer) => new Promise((done) => {
   const look = () => peer.iceGatheringState === "complete" && done();
@@ -566,7 +567,9 @@ const gathered = (peer) => new Promise((done) => {
 });
 
 async function startCamera() {
-  const stream = await navigator.mediaDevices.getUserMedia({ video: { frameRate: { ideal: 30 } } });
+  asking = true;
+  const wanted = { video: { frameRate: { ideal: 30 } } };
+  const stream = await navigator.mediaDevices.getUserMedia(wanted).finally(() => { asking = false; });
   const peer = new RTCPeerConnection(), pane = active;
   camera = { stream, peer };
   $("camera").setAttribute("aria-pressed", "true");
@@ -592,6 +595,7 @@ function stopCamera() {
 }
 
 $("camera").addEventListener("click", async () => {
+  if (asking) return;
   if (camera) return active.restart();
   try {
     await startCamera();
