@@ -60,9 +60,9 @@ def load_exported(
                              "leave it out, or export another engine")  # fmt: skip
     preset = with_settings(plan.preset, **{key: value for key, value in settings.items() if key in FIELDS})
     check_target(TARGETS[plan["target"]], preset, plan["dtype"], False)
-    if (key := needs_other_programs(plan, preset)) is not None:
-        asked, made = (quoted(TRACED_WITH[key](each)) for each in (preset, plan.preset))
-        raise UsageError(f"{key} is {asked}, but the programs of the engine {quoted(folder)} were made for {made}; "
+    if (field := needs_other_programs(plan, preset)) is not None:
+        asked, made = (quoted(TRACED_WITH[field](each)) for each in (preset, plan.preset))
+        raise UsageError(f"{field} is {asked}, but the programs of the engine {quoted(folder)} were made for {made}; "
                          "leave it out, or export another engine")  # fmt: skip
     kept = {key: value for key, value in settings.items() if key in KEPT}
     source = plan["model"]["source"]

@@ -79,6 +79,7 @@ class BlockLoop:
         with record.span("prepare"):
             if self.commits_apart(state):
                 yield from self.commit_before(state, record)
+                mark_rollback()  # what it evicted does not come back
             rebuild = self.rebuild_context(state, record, wait_for_decoder)
             if state.preset.context.rebuild_before_switch:
                 yield from rebuild
@@ -266,7 +267,8 @@ class BlockLoop:
         clamped = state.clamped is not None and state.next_block == 0
         plain = isinstance(state.noise, PhiloxNoise) and state.source is None and state.live is None
         whole = self.resources.worker.supports_whole_block and supports_whole_block(state.preset, state.next_block)
-        return whole and plain and not clamped
+        given = state.preset.context.commit_in_next and self.resources.spec.frame_channels > 0
+        return whole and plain and not (clamped or given)
 
     def run_whole(self, state: SessionState, record: BlockRecord) -> BlockSteps[BlockInFlight]:
         """Run all steps and the commit of a block in one launch; no other block of the session is in flight.

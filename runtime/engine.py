@@ -20,7 +20,6 @@ from ..errors import AtCapacity, UsageError, quoted
 from ..models.spec import ModelSpec
 from ..schemes.actions import ActionTrack, check_action
 from ..schemes.camera import Camera, CameraMove, CameraTrack, Poses
-from ..schemes.layouts import RankGrid, check_size
 from ..schemes.presets import Preset
 from ..schemes.timeline import Timeline
 from .arguments import (
@@ -43,7 +42,7 @@ from .arguments import (
 )
 from .arguments import size as picture_size
 from .block_loop import BlockLoop
-from .capacity.rank_planner import against_columns, divided
+from .capacity.rank_planner import check_pictures
 from .config import EngineConfig
 from .execution.decode_pipeline import DecoderTrack
 from .execution.executors import Executor
@@ -212,13 +211,7 @@ class Engine:
         if self.parts.size not in (None, size):
             width, height = self.default_size
             raise UsageError(f"size is {size[0]}x{size[1]}, but this engine makes pictures of {width}x{height} only")
-        if self.parts.shard.ranks > 1:
-            shard = self.parts.shard
-            grid = RankGrid(shard.heads.size, shard.tokens.size, shard.branches.size)
-            check_size(divided(self.spec, size, preset.sampler.guide), grid)
-        together = self.parts.shard.columns.size
-        if together > 1 and (reason := against_columns(self.spec, size, together)) is not None:
-            raise UsageError(f"size is too small: {reason}; give a larger one, or load with shard_decoder=False")
+        check_pictures(self.spec, size, preset.sampler.guide, self.parts.shard)
         if live and (image is not None or video is not None or strength is None):
             raise UsageError("live is True; expected strength, and neither image nor video")
         if strength is not None and video is None and not live:
@@ -237,6 +230,7 @@ class Engine:
             clamped = inputs.clamped_latents(image, size, fit)
         elif image is not None or video is not None:
             prefix, clamped = inputs.prefix_latents(image, video, size, fit)
+        live_video = inputs.begin_live(size) if live else None
         state = SessionState(
             size=size,
             timeline=Timeline(preset),
@@ -250,7 +244,7 @@ class Engine:
             ),
             negative=negative,
             source=source,
-            live=inputs.begin_live(size) if live else None,
+            live=live_video,
             clamped=clamped,
             prompts={
                 block: inputs.prompt_rows(given, None) if isinstance(given, str) else inputs.prompt_rows(None, given)

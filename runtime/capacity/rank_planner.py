@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ...errors import UsageError, nearest, quoted
 from ...graphs.passes import Pass
+from ...graphs.shards import Shard
 from ...graphs.tiles import shares
 from ...models.files import parse_json
 from ...models.registry import family_of
@@ -20,7 +21,7 @@ from ...models.spec import ModelSpec
 from ...models.weight_shards import part_of
 from ...schemes.block_schedule import ScheduledBlock
 from ...schemes.guidance import Guidance
-from ...schemes.layouts import LAYERS, Divided, PassShape, RankGrid, bytes_sent, collectives
+from ...schemes.layouts import LAYERS, Divided, PassShape, RankGrid, bytes_sent, check_size, collectives
 from ...schemes.page_needs import least_pages
 from . import costs, planner
 from .costs import ITEMSIZE
@@ -155,6 +156,14 @@ def against_columns(spec: ModelSpec, size: tuple[int, int], ranks: int) -> str |
     if not family_of(spec).decodes_columns:
         return f"the decoder of {spec.name} attends to whole tiles, which ranks do not divide"
     return f"{size[0]}x{size[1]} has {columns} columns of latents for {ranks} ranks" if columns < ranks else None
+
+
+def check_pictures(spec: ModelSpec, size: tuple[int, int], guide: Guidance, shard: Shard) -> None:
+    """UsageError for pictures that the ranks of an engine cannot divide."""
+    if shard.ranks > 1:
+        check_size(divided(spec, size, guide), RankGrid(shard.heads.size, shard.tokens.size, shard.branches.size))
+    if shard.columns.size > 1 and (reason := against_columns(spec, size, shard.columns.size)) is not None:
+        raise UsageError(f"size is too small: {reason}; give a larger one, or load with shard_decoder=False")
 
 
 def decoding_sent(load: Workload, block: ScheduledBlock, ranks: int, rank: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ...errors import UsageError
 from ...graphs.paged_attention import PagedAttention
 from ...graphs.shards import OnPages
 from ...kernels.dense_attention.rule import Shape, expect_installed, form_for
@@ -16,12 +17,18 @@ class DenseRuns:
     """Chooses while a pass is planned: its program holds addresses, so what pages it lists is decided before it runs.
 
     asked: a form for every run; None for those that are in the table of measured cards and shapes. used: whether
-    programs are made for runs at all. UsageError for a form whose library is not there.
+    programs are made for runs at all. grouped: heads of queries share those of keys. UsageError for a form whose
+    library is not there, and for one that cannot take such heads.
     """
 
-    def __init__(self, asked: str | None, device: torch.device, used: bool) -> None:
+    def __init__(self, asked: str | None, device: torch.device, used: bool, grouped: bool = False) -> None:
         if asked is not None:
             expect_installed(asked, device)
+        if asked == "cudnn" and grouped:
+            raise UsageError(
+                "dense_attention: form is 'cudnn', which takes as many heads of keys as of queries, and the model has "
+                "fewer; choose sdpa or flash_attn, or leave it out"
+            )
         self.asked, self.device, self.used = asked, device, used
         self.runs: set[tuple[torch.Size, Run]] = set()  # with the shape of the store
 

@@ -256,7 +256,8 @@ class GraphExecutor:
         self.weights = 0  # number of the set that single passes run
         self.launcher = Launcher(weights, device, backend)
         dense = "dense-attention" in rewrites and parts.shard.tokens.size == 1  # several have sums to merge
-        self.dense = DenseRuns(config.kernels.get("dense_attention"), device, dense)
+        grouped = model.spec.kv_heads != model.spec.num_heads
+        self.dense = DenseRuns(config.kernels.get("dense_attention"), device, dense, grouped)
         self.programs: dict[GraphKey, Lowered] = {}
         self.loaded: dict[GraphKey, Loaded] = {}
         self.store = None if config.graphs is None else GraphStore.open(Path(config.graphs), self.graph_of, create=True)
@@ -358,7 +359,8 @@ class GraphExecutor:
         actions: Tensor | None,
         given: Frames | None,
     ) -> dict[str, Tensor]:
-        if (form := self.dense.form_for(attention)) is not None:
+        form = None if key.commits_before else self.dense.form_for(attention)  # a commit lists other pages
+        if form is not None:
             assert isinstance(attention, PagedAttention) and attention.run is not None
             key = replace(key, run=attention.run)
         loaded = self.load(key, attention)

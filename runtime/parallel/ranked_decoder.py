@@ -40,7 +40,7 @@ class RankedDecoder(Decoder):
     def __init__(self, whole: Decoder, client: WorkerClient, ranks: int) -> None:
         super().__init__()
         self.whole, self.client, self.ranks = whole, client, ranks
-        self.spec, self.zero_start = whole.spec, whole.zero_start
+        self.spec, self.zero_start, self.name = whole.spec, whole.zero_start, whole.name
 
     def state_dict(self, *args: Any, **keywords: Any) -> Any:
         return self.whole.state_dict(*args, **keywords)

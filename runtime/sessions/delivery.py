@@ -231,6 +231,9 @@ class Delivery:
                 obstacle = self.scheduler.obstacle(session.id, self.scheduler.waiting[session.id])
             elif session.state is State.PAUSED and session.paused_by in (None, threading.get_ident()):
                 obstacle = f"session {session.id} is paused"
+            elif session.pictures_wanted:
+                block = session.next_block
+                obstacle = f"the video of session {session.id} ends before block {block} (feed its pictures first)"
         if obstacle is not None:
             raise InferixError(f"{obstacle}, and this thread, which drives the engine, would wait for ever")
         self.condition.wait_after(self.thread.seen)

@@ -31,6 +31,7 @@ from ..limits import Limits
 from ..live_video import pictures_of_block
 from ..resources import Resources
 from ..telemetry.drift_meter import DriftMeter
+from ..telemetry.ranges import Ranges
 from ..telemetry.records import BlockRecord, Stopwatch
 from .control_queue import Control, ControlQueue
 from .lifecycle import ENDED, Lifecycle, State
@@ -110,7 +111,7 @@ class Session:
         self.paused_by: int | None = None  # the thread that asked for the last pause
         self.decode_error: Exception | None = None  # raised in the decoder's thread
         self.ready_since: float | None = None
-        self.range: Any = None  # its handle on a profiler's timeline
+        self.range: tuple[Ranges, Any] | None = None  # of it on a profiler's timeline, and its handle
         self.record = BlockRecord(self.id, -1, Stopwatch(manager.resources.device))
         metered = manager.resources.config.drift_meter
         self.drift_meter = DriftMeter(manager.resources.spec.fps) if metered else None

@@ -177,7 +177,7 @@ class SessionManager:
             raise
         self.sessions[session.id] = session
         if self.ranges is not None:
-            session.range = self.ranges.start(f"session {session.id[:8]}")
+            session.range = self.ranges, self.ranges.start(f"session {session.id[:8]}")
         if inside:
             self._enter(session)
 
@@ -225,8 +225,9 @@ class SessionManager:
             self.condition.signal()
             session.output.wake_readers()
         session.free()
-        if self.ranges is not None and session.range is not None:
-            self.ranges.end(session.range)
+        if session.range is not None:
+            ranges, handle = session.range
+            ranges.end(handle)
         self.resources.client.release()
         self.metrics.count(f"sessions_{state}")
 
@@ -344,7 +345,7 @@ class SessionManager:
         warnings.warn(f"{count} sessions could not be run as one ({message}); from now on fewer are", stacklevel=2)
 
     def _can_run(self, session: Session) -> bool:
-        return session.wants_block and self._is_admitted(session)
+        return session.wants_block and not session.pictures_wanted and self._is_admitted(session)
 
     def _is_admitted(self, session: Session) -> bool:
         return session.id in self.scheduler.admitted

@@ -31,6 +31,7 @@ from ...schemes.guidance import FOLLOWING, GuidanceBranch
 from ...schemes.page_needs import needs_negative
 from ...schemes.presets import Preset
 from ...schemes.timeline import Span, Timeline
+from ..capacity.rank_planner import check_pictures
 from ..execution.decode_pipeline import DecoderTrack
 from ..finite_check import Check, checked
 from ..frame_channels import GivenFrames, ImageCondition
@@ -243,7 +244,9 @@ class SizeForm(SaveForm):
         if len(size) != 2:
             raise invalid("size", size, "[width, height]")
         width, height = (integer("size", length, 1, 1 << 16) for length in size)
-        file.resources.spec.latent_size((width, height))
+        spec, shard = file.resources.spec, file.resources.parts.shard
+        spec.latent_size((width, height))
+        check_pictures(spec, (width, height), file.preset.sampler.guide, shard)
 
     def read(self, file: SavedFields) -> tuple[int, int]:
         width, height = file.header["size"]

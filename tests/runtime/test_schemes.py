@@ -661,8 +661,11 @@ def test_a_live_video_gives_the_blocks_of_the_same_video_in_a_file(tmp_path):
         session.feed(video[21:])
         assert (session.current.live.first, session.current.live.end) == (6, 9)
         twin.close()
-    with engine.open(**kwargs, live=True) as session, pytest.raises(InferixError, match="block 0"):
-        next(session.stream(1))
+    with engine.open(**kwargs, live=True) as session:
+        with pytest.raises(InferixError, match="block 0"):
+            next(session.stream(1))
+        session.feed(video[:9])  # late, and the session goes on
+        assert torch.equal(next(session.stream(1, decode=False)).latents, whole[0])
     for wrong in ({"strength": None}, {"video": video}, {"image": video[0]}, {"live": 1}):
         with pytest.raises(UsageError, match="live"):
             engine.open(**kwargs | {"live": True} | wrong)
