@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import islice
@@ -54,13 +54,17 @@ MORE_TO_DO = 3  # exit code
 Unit = Callable[[str, Path], None]  # device, file to write
 
 
+def write_cases(file: Path, device: str, about: str, results: Mapping[str, str | None]) -> None:
+    """Write the checked cases, of which `results` has a reason for each wrong one; InferixError if any is wrong."""
+    wrong = {name: reason for name, reason in results.items() if reason}
+    write_check(file, {"environment": environment(device), "checked": len(results), "wrong": wrong})
+    if wrong:
+        raise InferixError(f"{about}: {len(wrong)} of {len(results)} cases are wrong: {wrong}")
+
+
 def unit_tests(op: str) -> Unit:
     def run(device: str, file: Path) -> None:
-        results = check_op(SPECS[op], device)
-        wrong = {name: reason for name, reason in results.items() if reason}
-        write_check(file, {"environment": environment(device), "checked": len(results), "wrong": wrong})
-        if wrong:
-            raise InferixError(f"{op}: {len(wrong)} of {len(results)} cases are wrong: {wrong}")
+        write_cases(file, device, op, check_op(SPECS[op], device))
 
     return run
 
@@ -98,11 +102,7 @@ def unit_code() -> Unit:
 
 def unit_package(op: str) -> Unit:
     def run(device: str, file: Path) -> None:
-        results = check_packages(SPECS[op], device)
-        wrong = {name: reason for name, reason in results.items() if reason}
-        write_check(file, {"environment": environment(device), "checked": len(results), "wrong": wrong})
-        if wrong:
-            raise InferixError(f"{op} in a package: {len(wrong)} of {len(results)} cases are wrong: {wrong}")
+        write_cases(file, device, f"{op} in a package", check_packages(SPECS[op], device))
 
     return run
 

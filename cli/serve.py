@@ -81,7 +81,7 @@ def serve(
         0, min=0, metavar="N", help="Save each session every N blocks; it goes on from there after a crash. 0: never."
     ),
     restart: bool = typer.Option(
-        False, "--restart", help="Start anew once the engine has ended, as after the end of a GPU's process."
+        False, "--restart", help="Restart the server once its engine has failed, as after the end of a GPU's process."
     ),
     image: Path | None = typer.Option(
         None, help="First picture of every session, for models that begin with one and follow a camera."

@@ -1,4 +1,4 @@
-"""How a Triton kernel is launched: as itself, or through a wrapper that a tracer records; see `triton_ops`."""
+"""Launches of Triton kernels, directly or through a wrapper that a tracer records; see `triton_ops`."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class EngineHost:
 
     @property
     def reason(self) -> object:
-        """What ended the engine, if anything did."""
+        """Failure that ended the engine; None while it runs."""
         return self.failure or self.engine.fault
 
     async def call(self, function: Callable[[], T]) -> T:

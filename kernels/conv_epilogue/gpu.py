@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..launch import launchable
+from ..rms_silu.gpu import CONFIG, Config
 from ..spec import Case
-
-
-@dataclass(frozen=True)
-class Config:
-    """Entries of a tile, whatever the number of channels, and warps."""
-
-    entries: int
-    warps: int
-
-
-CONFIG = Config(4096, 4)
 
 
 @triton.jit

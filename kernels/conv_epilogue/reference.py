@@ -1,4 +1,4 @@
-"""What follows a convolution of frames in plain torch: the definition of the op and its cases."""
+"""Bias, residual, ReLU and spread of channels after a convolution, in plain torch: definition of the op, and cases."""
 
 from __future__ import annotations
 

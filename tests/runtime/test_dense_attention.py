@@ -152,6 +152,15 @@ def test_a_library_that_is_not_there_is_refused_before_work_begins(form):
         make_engine(executor="fused", kernels={"dense_attention": form}, **SETTINGS)
 
 
+def test_cudnn_is_refused_for_heads_in_groups(monkeypatch):
+    monkeypatch.setattr(rule, "installed", lambda device: ("cudnn", "sdpa"))
+    grouped = replace(SETTINGS["spec"], kv_heads=1)
+    assert grouped.num_heads > 1
+    with pytest.raises(UsageError, match="cudnn"):
+        make_engine(executor="fused", kernels={"dense_attention": "cudnn"}, **SETTINGS | {"spec": grouped})
+    make_engine(executor="fused", kernels={"dense_attention": "sdpa"}, **SETTINGS | {"spec": grouped})
+
+
 def test_the_table_chooses_by_card_and_shape(monkeypatch):
     shape, card = rule.Shape(4680, 12, 128, 32760), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")

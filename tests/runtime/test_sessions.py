@@ -603,13 +603,18 @@ def test_a_session_that_fails_ends_alone(harm, message, threads):
     assert engine.metrics()["counters"]["sessions_failed"] == 1
 
 
-PLACES = [*((name, where) for name in SCHEMES for where in ("pass", "page")), ("self-forcing", "whole block")]
+PLACES = [
+    *((name, where) for name in SCHEMES for where in ("pass", "page")), ("self-forcing", "whole block"),
+    ("self-forcing", "pass, commit in next"), ("self-forcing", "whole block, commit in next"),
+]
 
 
 @pytest.mark.parametrize(("name", "where"), PLACES)
 def test_a_block_that_memory_runs_out_for_is_taken_back(name, where, monkeypatch):
     """Block 3 fails at its first pass, or page, then at its second, and so on: it is made as if nothing had been."""
+    where, _, following = where.partition(", ")
     settings = SCHEMES[name] | ({"executor": "fused", "denoising_step_list": [1000]} if where == "whole block" else {})
+    settings |= {"commit_in_next": True} if following else {}
     engine = small_engine(name, **{"rewind_blocks": 1} | settings)
     session, other = opened(engine, 1, **NEGATIVE.get(name, {})), opened(engine, 2, **NEGATIVE.get(name, {}))
     beside = [*session.stream(3), *other.stream(1)][3:]

@@ -183,6 +183,10 @@ def test_a_request_is_passed_on_to_the_server_that_it_belongs_to():
             with pytest.raises(Refusal) as refused:
                 await router.server_for("DELETE", path, {})
             assert refused.value.status == 404
+        for session in ("x", JOB + "0", "../" + JOB):  # servers would refuse to be asked for it
+            with pytest.raises(Refusal) as refused:
+                await router.server_for("POST", "/v1/whep", {"session": session})
+            assert refused.value.code == "invalid" and "http://a" in router.replicas
         assert [job["id"] for job in await router.jobs()] == [OTHER, JOB]
 
     asyncio.run(ask())

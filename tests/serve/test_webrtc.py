@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from types import SimpleNamespace
 
 import av
@@ -148,8 +149,12 @@ def test_a_clients_video_is_watched_on_another_connection(served):
     async def send():
         connection = peer()
         connection.addTransceiver(Plain([90, 90, 90]), direction="sendonly")
+        connection.addTransceiver("audio", direction="sendonly")  # which nothing reads
+        connection.addTransceiver(Plain([0, 0, 0]), direction="sendonly")
         async with asyncio.timeout(WAIT):
             answer = await offered(served, connection, "whip", prompt=PROMPT)
+            directions = re.findall(r"a=(sendonly|recvonly|sendrecv|inactive)", answer.text)
+            assert directions == ["recvonly", "inactive", "inactive"]
             session = answer.headers["location"].rpartition("/")[2]
             async with served.connect() as socket, Client(socket) as client:
                 resume = answer.headers["inferix-resume"]
