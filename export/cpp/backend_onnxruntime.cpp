@@ -107,7 +107,7 @@ class OnnxRuntime final : public Backend {
         check(api().create_session_options(&options));
         options_.reset(options);
         check(api().set_threads(options, threads));
-        // Threads that wait for work by spinning take the cores of other programs.
+        // Each program has threads of its own, which take the cores of others while they wait by spinning.
         check(api().add_session_config_entry(options, "session.intra_op.allow_spinning", "0"));
     }
 
