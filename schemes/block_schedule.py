@@ -55,6 +55,11 @@ class ScheduledPass:
         return replace(self.run, groups=tuple(group for group in self.run.groups if group.frames[0] not in committed))
 
     @property
+    def without_commit(self) -> ScheduledPass:
+        """The pass where the block before has been committed by itself."""
+        return replace(self, run=self.own, committed=None)
+
+    @property
     def context(self) -> int:
         """Most latent frames that one of its groups sees, itself included."""
         return max(len(group.context) for group in self.run.groups)
@@ -64,7 +69,8 @@ class ScheduledPass:
 class ScheduledBlock:
     """The passes of one block of a stream, in the order in which they run.
 
-    span: the block that they finish. recache: the pass that a new prompt would add before them, or None. decoded:
+    span: the block that they finish. recache: the pass that a new prompt would add before them, or None.
+    commit_before: the pass that a new prompt would take out of the first, where that commits the block before. decoded:
     latent frames the decoder runs over: the block's own, and those that a restarted decoder begins with. encoded:
     pictures encoded again for a rebuild.
     """
@@ -72,6 +78,7 @@ class ScheduledBlock:
     span: Span
     passes: tuple[ScheduledPass, ...]
     recache: ScheduledPass | None
+    commit_before: ScheduledPass | None
     decoded: int
     encoded: int
 
@@ -237,6 +244,8 @@ def next_block(
     """Plan the next block, and move the timeline and the blocks in flight past it."""
     policy = timeline.preset.context
     recache, rebuild = recache_pass(timeline.fork()), rebuild_pass(timeline)
+    waiting = timeline.uncommitted if policy.clean_text == "prompt" else None
+    commit_before = None if waiting is None else commit_pass(timeline.fork(), waiting)
     passes = [rebuild] if rebuild is not None else []
     for scheduled in denoise_passes(timeline, flight, timesteps, lambda: BlockProgress(timeline.admit()), clean):
         passes.append(scheduled)
@@ -251,7 +260,7 @@ def next_block(
         timeline.forget(cached)
     restarted = len(rebuild.run.frames) if rebuild is not None and policy.restart_decoder else 0
     encoded = int(rebuild is not None and reencodes_head(timeline.preset, rebuild.run))
-    return ScheduledBlock(span, tuple(passes), recache, restarted + len(span.frames), encoded)
+    return ScheduledBlock(span, tuple(passes), recache, commit_before, restarted + len(span.frames), encoded)
 
 
 def stream_blocks(

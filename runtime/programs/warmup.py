@@ -101,6 +101,11 @@ def graph_keys(
             collector.add(collector.table, block.rebuild, whole=False)
         whole = supports_whole_block(preset, block.span.index)
         passes = [scheduled for scheduled in block.passes if scheduled.kind != "rebuild"]
+        if block.commit_before is not None:
+            forked = collector.table.copy()
+            collector.add(forked, block.commit_before, whole=False)
+            collector.add(forked, passes[0].without_commit, whole)
+            forked.release()
         for scheduled in passes[:1] if whole else passes:
             collector.add(collector.table, scheduled, whole)
     return list(collector.keys)

@@ -82,6 +82,7 @@ def test_whole_blocks_are_one_launch_and_the_commit_has_none() -> None:
         session.prompt(embeds=OTHER)
         made += latents(session, 2)
         assert (backend.captures, backend.replays) == (3, 8)  # the commit by itself, once
+        assert set(executor.loaded) <= set(graph_keys(together.spec, together.preset, SIZE))
     with apart.open(prompt_embeds=ROWS, size=SIZE, seed=3) as session:
         expected = latents(session, 5)
         session.prompt(embeds=OTHER)
