@@ -63,6 +63,10 @@ CONFIGURATIONS = {
     "longlive": Configuration("wan-1.3b", "longlive"),
     **{f"longlive-{count}": Configuration("wan-1.3b", "longlive", sessions=count) for count in (2, 4, 8)},
     "krea": Configuration("wan-14b", "krea"),
+    **{
+        preset: Configuration(preset.removesuffix("-distill"), preset)
+        for preset in ("magi-4.5b", "magi-4.5b-distill", "magi-24b", "magi-24b-distill")
+    },
 }
 SHARED = {
     f"{preset}-{ranks}": Configuration(model, preset, ranks=ranks)
