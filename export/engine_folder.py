@@ -136,9 +136,9 @@ def describe_programs(engine: Engine, size: tuple[int, int], unroll: bool) -> tu
     limits = {FRAMES: (1, preset.window_blocks * block, most), PAST: (0, most - block, most)}
     programs = pass_programs(engine.parts.transformer, size, sampler, frames, unroll, limits)
     latent = spec.latent_size(size)
-    plain, *others = engine.parts.transformers
-    if any(other is not plain for other in others):  # a file without memory weights has one transformer twice
-        programs = with_memory(programs, plain, *others, size)
+    plain, memory = engine.parts.transformers[0], engine.parts.transformers[-1]
+    if memory is not plain:
+        programs = with_memory(programs, plain, memory, size)
     decoder = decoder_programs(engine.parts.vae, spec.out_channels, *latent, preset.context.decoder_zero_start)
     return programs, decoder
 

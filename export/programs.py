@@ -159,11 +159,11 @@ class Prompt(nn.Module):
 
     def __init__(self, *models: Transformer) -> None:
         super().__init__()
-        self.models = nn.ModuleList(models)
+        self.models = models
+        self.parts = nn.ModuleList(models)
 
     def forward(self, rows: Tensor) -> tuple[Tensor, ...]:
-        contexts: list[TextContext] = [model.embed_text(rows) for model in self.models]
-        return tuple(part for context in contexts for layer in context.text for part in layer)
+        return tuple(part for model in self.models for layer in model.embed_text(rows).text for part in layer)
 
 
 class DecodeFrame(nn.Module):
