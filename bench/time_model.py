@@ -75,10 +75,10 @@ class Rates:
 
 
 # H200 at the clocks of a long run, from published figures of the libraries on Hopper: cuBLAS 560 to 680 TFLOP/s with
-# its waves, FlashAttention-2 300 (code for sm_80), cuDNN's attention as FlashAttention-3 (648 over long rows of head dim
-# 128, arXiv 2407.08608), its convolutions 400 to 500. `fp32_matmul` is a part of the maker's 67 on the CUDA cores.
-# `attention` is an estimate: the loop of the kernel does not overlap softmax with the tensor cores. `fp8_attention` pays
-# for turning keys and values into float16, `fp8_qk` for values alone, and its first product takes half the time.
+# its waves, FlashAttention-2 300 (code for sm_80), cuDNN's attention as FlashAttention-3 (648 over long rows of head
+# dim 128, arXiv 2407.08608), its convolutions 400 to 500. `fp32_matmul` is a part of the maker's 67 on the CUDA cores.
+# `attention` is an estimate: the loop of the kernel does not overlap softmax with the tensor cores. `fp8_attention`
+# pays for turning keys and values into float16, `fp8_qk` for values alone, and its first product takes half the time.
 RATES = {
     90: Rates(
         multiprocessors=132, matmul=700, fp32_matmul=55, fp8_matmul=1240, int8_matmul=1240, attention=530,

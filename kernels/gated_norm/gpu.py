@@ -73,7 +73,7 @@ def compile_cases(capability: int) -> dict[str, dict[str, object]]:
     """Calls that cover the variants, for the gate that compiles without a GPU: name -> arguments."""
     from .reference import NEXT, WIDE, make_inputs, sizes
 
-    variants: dict[str, dict[str, object]] = {"wide": {**WIDE}, "wide next": {**WIDE, **NEXT}, "next": {**NEXT}}
+    variants: dict[str, dict[str, object]] = {"wide": {**WIDE}, "next": {**NEXT}}
     return {
         f"{name} bf16 d{dim}": make_inputs(Case(name, sizes(1, 2, 4, dim), options), torch.bfloat16, "cpu", 0)
         for name, options in variants.items()
