@@ -175,11 +175,14 @@ class WithoutDriver(TorchFunctionMode):
         return tensor
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """Torch's attention without a mask."""
+def attended(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+    """Torch's attention. A mask of bools becomes a bias, as torch makes one, and stays as small as it is."""
     if unknown := options.keys() - {"scale"}:
         raise InferixError(f"attention with {', '.join(sorted(unknown))} has no form on fake tensors of a GPU")
-    out, *_ = ATTENTION(q, k, v, None, False, **options)
+    bias = attn_mask
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        bias = aten.zeros_like.default(attn_mask, dtype=q.dtype)
+    out, *_ = ATTENTION(q, k, v, bias, False, **options)
     return out
 
 
@@ -310,7 +313,8 @@ class Recorder(TorchDispatchMode):
         elif kind == "matmul" and "convolution" in op.name():
             rate = "convolution"
         elif kind == "matmul":
-            rate, tiles = "matmul", tiles_of(call.writes[0].size)
+            is_wide = all(ref.dtype == torch.float32 for ref in call.reads)
+            rate, tiles = "fp32_matmul" if is_wide else "matmul", tiles_of(call.writes[0].size)
         self.note(op.name(), kind, cost.flops, cost.nbytes, fresh, rate, tiles)
 
     def note_kernel(self, name: str, grid: Sequence[int], packs_queries: bool) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -63,7 +64,12 @@ CONFIGURATIONS = {
     "longlive": Configuration("wan-1.3b", "longlive"),
     **{f"longlive-{count}": Configuration("wan-1.3b", "longlive", sessions=count) for count in (2, 4, 8)},
     "krea": Configuration("wan-14b", "krea"),
+    **{
+        preset: Configuration(preset.removesuffix("-distill"), preset)
+        for preset in ("magi-4.5b", "magi-4.5b-distill", "magi-24b", "magi-24b-distill")
+    },
 }
+SHORTENED = (2, 3)  # layers: a first and a last one, and one between them
 SHARED = {
     f"{preset}-{ranks}": Configuration(model, preset, ranks=ranks)
     for model, preset in (("wan-1.3b", "self-forcing"), ("wan-14b", "krea"), ("magi-24b", "magi-24b-distill"))
@@ -72,11 +78,15 @@ SHARED = {
 }
 
 
-def run(configuration: Configuration, architecture: int, compiled: bool) -> dict[str, Any]:
-    """Facts of a configuration's dry run; those of its decoders under `decoders`."""
+def run(configuration: Configuration, architecture: int, compiled: bool, layers: int | None = None) -> dict[str, Any]:
+    """Facts of a configuration's dry run; those of its decoders under `decoders`.
+
+    layers: of the model; None for all.
+    """
     model, preset, fp8, decoders, ranks, shard_weights, sessions, dense, fuse_commit, kernels = configuration
     spec, scheme = MODELS[model], make_preset(preset)
     grid = choose_layout(divided(spec, spec.default_size, ALONE), ranks) if ranks > 1 else RankGrid()
+    spec = spec if layers is None else replace(spec, num_layers=layers)
     builder = BlockGraphBuilder(
         spec, scheme, dtype=torch.bfloat16, kv_dtype=KV_DTYPES["fp8"] if fp8 else None,
         shard=fake_shard(grid, shard_weights), sessions=sessions, texts=1 if sessions > 1 else None,
@@ -99,6 +109,25 @@ def run(configuration: Configuration, architecture: int, compiled: bool) -> dict
     return result | ({"ranks": ranks, "layout": grid.layout} if ranks > 1 else {})
 
 
+def run_shortened(configuration: Configuration, architecture: int, compiled: bool) -> dict[str, Any]:
+    """Facts of a configuration from runs of `SHORTENED` layers: each further layer adds what the last of them did."""
+    fewer, more = (run(configuration, architecture, compiled, layers) for layers in SHORTENED)
+    layers = MODELS[configuration.model].num_layers
+    facts_of: dict[str, Any] = extended(fewer, more, layers - SHORTENED[0])
+    return facts_of | {"from_layers": list(SHORTENED), "layers": layers}
+
+
+def extended(fewer: Any, more: Any, layers: int) -> Any:
+    """Values that grow with each of `layers` layers as from `fewer` to `more`, which has one more than `fewer`."""
+    if isinstance(fewer, dict) and isinstance(more, dict):
+        assert fewer.keys() == more.keys(), fewer.keys() ^ more.keys()
+        return {key: extended(fewer[key], value, layers) for key, value in more.items()}
+    if isinstance(fewer, int | float) and not isinstance(fewer, bool):
+        return fewer + layers * (more - fewer)
+    assert fewer == more, (fewer, more)
+    return fewer
+
+
 def main(
     file: Annotated[Path, typer.Argument(help="File to write; configurations that it has and that are not run stay.")],
     only: Annotated[
@@ -106,6 +135,9 @@ def main(
     ] = None,
     architecture: Annotated[int, typer.Option(help="Compute capability times ten.")] = 90,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the kernels.")] = True,
+    shortened: Annotated[
+        bool, typer.Option("--shortened", help="Run two and three layers, and add what the third added for each other.")
+    ] = False,
 ) -> None:
     """Run configurations and write their facts as JSON, after each."""
     every = CONFIGURATIONS | SHARED
@@ -114,7 +146,7 @@ def main(
             raise UsageError(f"only is {quoted(name)}{nearest(name, every)}; expected one of {', '.join(every)}")
     facts_of = json.loads(file.read_text("utf-8"))["configurations"] if file.exists() else {}
     for name in only or CONFIGURATIONS:
-        facts_of[name] = run(every[name], architecture, compiled)
+        facts_of[name] = (run_shortened if shortened else run)(every[name], architecture, compiled)
         block = facts_of[name]["parts"]["block"]
         print(f"{name}: {block['calls']} calls, {block.get('predicted', 0) * 1e3:.0f} ms predicted", file=sys.stderr)
         text = json.dumps({CHECK: True, "configurations": facts_of}, indent=1)

@@ -21,15 +21,16 @@ TILE = (128, 256)  # rows and columns of a matrix product that a multiprocessor 
 class Rates:
     """Rates of a card, those of arithmetic before the loss to incomplete waves.
 
-    multiprocessors: tiles that run at once. matmul, fp8_matmul, int8_matmul: TFLOP/s of cuBLAS or Triton. attention:
-    of `block_attention` in half precision; fp8_attention: over FP8 pages; fp8_qk: with queries in FP8, too. sdpa: of
-    torch's attention; cudnn: of cuDNN's. convolution: of cuDNN. memory: GB/s that a kernel reaches. start: us between
-    two kernels of a graph. host: us of a call that the host launches, which bounds what is not captured. link: GB/s
-    that a GPU sends to others; collective: us of each.
+    multiprocessors: tiles that run at once. matmul, fp32_matmul, fp8_matmul, int8_matmul: TFLOP/s of cuBLAS or Triton;
+    fp32_matmul without TF32. attention: of `block_attention` in half precision; fp8_attention: over FP8 pages; fp8_qk:
+    with queries in FP8, too. sdpa: of torch's attention; cudnn: of cuDNN's. convolution: of cuDNN. memory: GB/s that a
+    kernel reaches. start: us between two kernels of a graph. host: us of a call that the host launches, which bounds
+    what is not captured. link: GB/s that a GPU sends to others; collective: us of each.
     """
 
     multiprocessors: float
     matmul: float
+    fp32_matmul: float
     fp8_matmul: float
     int8_matmul: float
     attention: float
@@ -74,14 +75,14 @@ class Rates:
 
 
 # H200 at the clocks of a long run, from published figures of the libraries on Hopper: cuBLAS 560 to 680 TFLOP/s with
-# its waves, FlashAttention-2 300 (code for sm_80), cuDNN's attention as FlashAttention-3 (648 over long
-# rows of head dim 128, arXiv 2407.08608), its convolutions 400 to 500. `attention` is an estimate: the
-# loop of the kernel does not overlap softmax with the tensor cores. `fp8_attention` pays for turning keys and values
-# into float16, `fp8_qk` for values alone, and its first product takes half the time.
+# its waves, FlashAttention-2 300 (code for sm_80), cuDNN's attention as FlashAttention-3 (648 over long rows of head
+# dim 128, arXiv 2407.08608), its convolutions 400 to 500. `fp32_matmul` is a part of the maker's 67 on the CUDA cores.
+# `attention` is an estimate: the loop of the kernel does not overlap softmax with the tensor cores. `fp8_attention`
+# pays for turning keys and values into float16, `fp8_qk` for values alone, and its first product takes half the time.
 RATES = {
     90: Rates(
-        multiprocessors=132, matmul=700, fp8_matmul=1240, int8_matmul=1240, attention=530, fp8_attention=430,
-        fp8_qk=550, sdpa=300, cudnn=650, convolution=450, memory=3000,
+        multiprocessors=132, matmul=700, fp32_matmul=55, fp8_matmul=1240, int8_matmul=1240, attention=530,
+        fp8_attention=430, fp8_qk=550, sdpa=300, cudnn=650, convolution=450, memory=3000,
     ),
 }  # fmt: skip
 

@@ -42,6 +42,7 @@ from .programs import (
     encoder_programs,
     pass_programs,
     solver_matrix,
+    with_memory,
 )
 from .targets import Target, check_target, find_target
 from .trace import Writer
@@ -135,6 +136,9 @@ def describe_programs(engine: Engine, size: tuple[int, int], unroll: bool) -> tu
     limits = {FRAMES: (1, preset.window_blocks * block, most), PAST: (0, most - block, most)}
     programs = pass_programs(engine.parts.transformer, size, sampler, frames, unroll, limits)
     latent = spec.latent_size(size)
+    plain, memory = engine.parts.transformers[0], engine.parts.transformers[-1]
+    if memory is not plain:
+        programs = with_memory(programs, plain, memory, size)
     decoder = decoder_programs(engine.parts.vae, spec.out_channels, *latent, preset.context.decoder_zero_start)
     return programs, decoder
 

@@ -77,6 +77,7 @@ TRACED_WITH: dict[str, Callable[[Preset], Any]] = {  # what the programs of an e
     "num_frame_per_block": lambda preset: preset.num_frame_per_block,
     "independent_first_frame": lambda preset: preset.independent_first_frame,
     "window_blocks": lambda preset: preset.window_blocks,
+    "clean_weights": lambda preset: preset.context.clean_weights,
     "decoder_zero_start": lambda preset: preset.context.decoder_zero_start,
     "local_attn_size": window,  # the longest
 }
@@ -108,6 +109,7 @@ def exported_components(plan: Plan, preset: Preset, programs: Mapping[str, Progr
         form="exported",
         digest=lambda: plan["built"]["checkpoint"],
         size=size,
+        more=(transformer,) * (len(preset.weight_sets) - 1),  # one executor runs the programs of all sets
         fingerprints=dict.fromkeys(("transformer", "decoder"), plan.fingerprint),
     )
 

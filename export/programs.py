@@ -14,7 +14,7 @@ The model itself is unchanged.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -155,14 +155,15 @@ class Steps(NetworkPass):
 
 
 class Prompt(nn.Module):
-    """Rows of the text encoder [1, text_len, text_dim] to cross keys and values of each layer in turn."""
+    """Rows of the text encoder [1, text_len, text_dim] to cross keys and values of each layer in turn, by model."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, *models: Transformer) -> None:
         super().__init__()
-        self.model = model
+        self.models = models
+        self.parts = nn.ModuleList(models)
 
     def forward(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return tuple(part for layer in self.model.embed_text(rows).text for part in layer)
+        return tuple(part for model in self.models for layer in model.embed_text(rows).text for part in layer)
 
 
 class DecodeFrame(nn.Module):
@@ -293,6 +294,25 @@ def pass_programs(
     if unroll:
         programs.append(describe("steps", Steps(model, size, sampler), frames, ("clean",)))
     return programs
+
+
+def with_memory(
+    programs: Sequence[Program], plain: Transformer, memory: Transformer, size: tuple[int, int]
+) -> list[Program]:
+    """Run `commit` on memory weights, whose cross keys and values `prompt` returns too, as `memory_text_...`.
+
+    Each program takes the inputs that it names, so a runner needs no change.
+    """
+    made = []
+    for program in programs:
+        if program.name == "prompt":
+            results = (*program.results, *(f"memory_{name}" for name in program.results))
+            program = replace(program, module=Prompt(plain, memory), results=results)
+        elif program.name == "commit":
+            names = tuple(f"memory_{name}" if name.startswith("text_") else name for name in program.names)
+            program = replace(program, module=Commit(memory, size), names=names)
+        made.append(program)
+    return made
 
 
 def zeros(count: int, *shape: int) -> list[Tensor]:

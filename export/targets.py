@@ -20,7 +20,8 @@ FEATURES = {  # what a preset or a command may ask of an engine
     "commit in the next pass": "commit_in_next true",
     "averaged sink": "sink_decay below 1",
     "context by noise level": "noise2clean_kvrange, clean_chunk_kvrange or clean_text null",
-    "several sets of weights": "clean_weights memory, or boundary_ratio above 0",
+    "memory weights": "clean_weights memory: a second set of weights makes the past, as in sgf-plus",
+    "two experts": "boundary_ratio above 0: two sets of weights, each with a past of its own",
     "endless window": "local_attn_size -1",
     "first block of one frame": "independent_first_frame",
     "guidance": "guidance_scale other than 1: two pasts under two prompts",
@@ -72,7 +73,7 @@ class Target:
 
 PLAIN = frozenset(FEATURES) - {
     "several prompts in a pass", "recomputed context", "commit in the next pass", "averaged sink",
-    "context by noise level", "several sets of weights", "endless window", "guidance by past", "channels of frames",
+    "context by noise level", "two experts", "endless window", "guidance by past", "channels of frames",
     "unrolled joint steps", "pasted pictures", "float16", "bfloat16",
 }  # fmt: skip
 HALF = PLAIN | {"float16"}
@@ -113,7 +114,8 @@ def needed_features(preset: Preset, dtype: str, unroll: bool, prefixes: bool = F
         "commit in the next pass": context.commit_in_next,
         "averaged sink": context.sink_decay < 1,
         "context by noise level": context.has_key_ranges or context.clean_text != "prompt",
-        "several sets of weights": len(preset.weight_sets) > 1,
+        "memory weights": context.clean_weights != "plain",
+        "two experts": preset.sampler.boundary_ratio > 0,
         "endless window": page_needs(preset).context is None,
         "first block of one frame": preset.independent_first_frame and preset.num_frame_per_block > 1,
         "guidance": preset.sampler.guidance_scale != 1,

@@ -12,10 +12,12 @@ from .conv_epilogue import SPEC as CONV_EPILOGUE
 from .denoise_step import SPEC as DENOISE_STEP
 from .dense_attention import SPEC as DENSE_ATTENTION
 from .frame_noise import SPEC as FRAME_NOISE
+from .gated_norm import SPEC as GATED_NORM
 from .join_phases import SPEC as JOIN_PHASES
 from .kv_pages import SPEC as KV_PAGES
 from .linear_gelu import SPEC as LINEAR_GELU
 from .linear_lowp import SPEC as LINEAR_LOWP
+from .linear_wide import SPEC as LINEAR_WIDE
 from .merge_parts import SPEC as MERGE_PARTS
 from .qk_norm_rope_append import SPEC as QK_NORM_ROPE_APPEND
 from .quantise_rows import SPEC as QUANTISE_ROWS
@@ -23,16 +25,18 @@ from .rms_norm import SPEC as RMS_NORM
 from .rms_silu import SPEC as RMS_SILU
 from .rope_append import SPEC as ROPE_APPEND
 from .spec import KernelSpec, OpSpec
+from .swiglu import SPEC as SWIGLU
 
 SPECS: dict[str, KernelSpec] = {  # ops with kernels of their own
     spec.name: spec
     for spec in (
         BLOCK_ATTENTION, ATTENTION_PARTS, MERGE_PARTS, DENSE_ATTENTION, QK_NORM_ROPE_APPEND, ADALN, DENOISE_STEP,
         FRAME_NOISE, LINEAR_LOWP, QUANTISE_ROWS, KV_PAGES, RMS_NORM, RMS_SILU, CONV_EPILOGUE, JOIN_PHASES, ROPE_APPEND,
+        GATED_NORM, SWIGLU,
     )
 }  # fmt: skip
 PLAIN: dict[str, OpSpec] = {
-    spec.name: spec for spec in (LINEAR_GELU, ALL_TO_ALL_SPEC, ALL_GATHER_SPEC, HAND_OVER_SPEC)
+    spec.name: spec for spec in (LINEAR_GELU, LINEAR_WIDE, ALL_TO_ALL_SPEC, ALL_GATHER_SPEC, HAND_OVER_SPEC)
 }  # torch's own ops
 
 

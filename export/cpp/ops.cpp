@@ -248,6 +248,25 @@ void adaln(const Tensor& x, const Maybe& update, const Maybe& gate, const Maybe&
     normed.copy_(result);
 }
 
+void gated_norm(const Tensor& x, const Tensor& update, const Tensor& gate, const Tensor& weight, const Tensor& bias,
+                const Maybe& next_weight, const Maybe& next_bias, const Tensor& out, const Maybe& normed, double eps,
+                double next_eps) {
+    const at::ScalarType wide = wide_of(x);
+    const Tensor gates = gate.to(wide).repeat_interleave(x.size(1) / gate.size(1), 1);
+    const std::vector<int64_t> dim{x.size(-1)};
+    const Tensor norm = at::layer_norm(update.to(wide) * gates, dim, weight.to(wide), bias.to(wide), eps);
+    const Tensor total = x.to(wide) + norm;
+    out.copy_(total);
+    if (next_weight && next_bias && normed)
+        normed->copy_(at::layer_norm(total, dim, next_weight->to(wide), next_bias->to(wide), next_eps));
+}
+
+void swiglu(const Tensor& x, const Tensor& out) {
+    const Tensor wide = x.to(wide_of(x));
+    const int64_t width = out.size(-1);
+    out.copy_(at::silu(wide.narrow(1, 0, width)) * wide.narrow(1, width, width));
+}
+
 void rms_norm(const Tensor& x, const Tensor& weight, const Tensor& out, double eps) {
     const Tensor wide = x.to(wide_of(x));
     out.copy_(wide * at::rsqrt(wide.square().mean(last, true) + eps) * weight.to(wide.scalar_type()));
@@ -300,6 +319,10 @@ void quantise_rows(const Tensor& x, const Tensor& out, const Tensor& scale, bool
     const Tensor scaled = (wide / by.unsqueeze(-1)).clamp(-limit, limit);
     out.copy_(out.scalar_type() == at::kChar ? scaled.round() : scaled);
     scale.copy_(by);
+}
+
+void linear_wide(const Tensor& x, const Tensor& weight, const Tensor& out) {
+    out.copy_(at::mm(x.to(out.scalar_type()), weight.to(out.scalar_type()).t()));
 }
 
 void linear_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& out) {
@@ -376,6 +399,10 @@ TORCH_LIBRARY(inferix, library) {
              "rms_silu(Tensor x, Tensor gamma, Tensor? bias, Tensor? residual, Tensor(a4!)? total, Tensor(a5!) out, "
              "Tensor(a6!)? tail) -> ()",
              "conv_epilogue(Tensor x, Tensor? bias, Tensor? residual, Tensor(a3!) out, SymInt parts, bool relu) -> ()",
+             "gated_norm(Tensor x, Tensor update, Tensor gate, Tensor weight, Tensor bias, Tensor? next_weight, "
+             "Tensor? next_bias, Tensor(a7!) out, Tensor(a8!)? normed, float eps, float next_eps) -> ()",
+             "swiglu(Tensor x, Tensor(a1!) out) -> ()",
+             "linear_wide(Tensor x, Tensor weight, Tensor(a2!) out) -> ()",
              "join_phases(Tensor x, Tensor? bias, Tensor(a2!) out) -> ()",
              "dense_attention(Tensor q, Tensor kv, SymInt first, SymInt count, Tensor(a4!) out, float scale) -> ()",
              "rope_append(Tensor q, Tensor k, Tensor v, Tensor rope_time, Tensor rope_rows, Tensor rope_columns, "
@@ -406,5 +433,8 @@ TORCH_LIBRARY_IMPL(inferix, CPU, library) {
     library.impl("join_phases", &join_phases);
     library.impl("dense_attention", &dense_attention);
     library.impl("rope_append", &rope_append);
+    library.impl("gated_norm", &gated_norm);
+    library.impl("swiglu", &swiglu);
+    library.impl("linear_wide", &linear_wide);
     library.impl("linear_gelu", &linear_gelu);
 }

@@ -15,6 +15,7 @@ from .cross_attention import cross_attention
 from .dead_work import dead_work
 from .denoise_step import denoise_step
 from .dense_attention import dense_attention
+from .gated_norm import gated_norm
 from .gelu import gelu
 from .lowp import PrecisionMap, lowp
 from .merge_qkv import merge_qkv
@@ -23,6 +24,8 @@ from .patch_embedding import patch_embedding
 from .qk_norm_rope import qk_norm_rope
 from .rms_norm import rms_norm
 from .split_keys import split_keys
+from .swiglu import swiglu
+from .wide_linear import wide_linear
 
 EVERY_LAYER = PrecisionMap("fp8", ("*",))
 REWRITES: dict[str, Rewrite] = {
@@ -43,12 +46,15 @@ REWRITES: dict[str, Rewrite] = {
         ),
         Rewrite("dense-attention", "attention over pages that are one run through a library's kernel", None),
         Rewrite("split-keys", "attention over parts of the keys, where a GPU's last wave would not be full", None),
+        Rewrite("gated-norm", "gate, norm, residual and the next norm in one kernel", on_each_graph(gated_norm)),
         Rewrite("adaln", "residual, layer norm and modulation in one kernel", on_each_graph(adaln)),
         Rewrite("denoise-step", "unpatchify, solver step and noise in one kernel", on_each_graph(denoise_step)),
         Rewrite("gelu", "GELU in the last step of its matmul", on_each_graph(gelu)),
+        Rewrite("swiglu", "SiLU of one half of a projection times the other in one kernel", on_each_graph(swiglu)),
         Rewrite("hoist-prompt", "what the prompt alone decides is computed once per prompt", hoist_prompt),
         Rewrite("hoist-frames", "what a block's cameras alone decide is computed once per block", hoist_frames),
         Rewrite("lowp", "linear layers on FP8 or INT8 operands", lowp(EVERY_LAYER), default=False),
+        Rewrite("wide-linear", "half-precision matmuls with a result in float32", on_each_graph(wide_linear)),
         Rewrite("fold", "what weights and timesteps alone decide is computed once", fold),
     )
 }  # fmt: skip

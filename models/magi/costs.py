@@ -103,12 +103,11 @@ class MagiCosts(TransformerCosts):
         return 0  # no block of it is one graph
 
     def wide_bytes(self, dtype: str) -> int:
-        """Output projections that are not quantised, embeddings, the head, and norms."""
+        """Embeddings, the head, and norms. Output projections are multiplied as they are."""
         spec = self.spec
         if ITEMSIZE[dtype] >= WIDE:
             return 0
-        layers = (spec.num_layers - self.quantised_layers) * 2 * self.queries * spec.dim
-        layers += spec.num_layers * (4 * spec.dim + 8 * spec.head_dim)
+        layers = spec.num_layers * (4 * spec.dim + 8 * spec.head_dim)
         caption = (spec.text_dim + 1) * (spec.dim + spec.cond_dim)
         time = (spec.freq_dim + spec.cond_dim + 2) * spec.cond_dim
         return WIDE * (layers + caption + time + 2 * (self.patch_entries + 1) * spec.dim)

@@ -25,6 +25,7 @@ from inferix.bench.dry_run import (
     run_decoder,
     summary,
 )
+from inferix.bench.dry_run_table import extended
 from inferix.bench.time_model import RATES, rates_of, tiles_of
 from inferix.errors import InferixError, UsageError
 from inferix.graphs.cost import PassCost
@@ -313,3 +314,29 @@ def test_a_batch_is_captured_with_as_many_launches_as_one_session(kind: str | No
     matmuls, of_four = (sum(launch.flops for launch in run if launch.kind != "norm and gate") for run in (one, four))
     assert of_four == pytest.approx(4 * matmuls, rel=0.01)
     assert runs[1].of("prompt") == runs[4].of("prompt")  # made for one session at a time
+
+
+def test_values_grow_with_layers():
+    fewer = {"part": {"calls": 5, "seconds": 0.5}, "fp8": False, "from": None}
+    more = {"part": {"calls": 7, "seconds": 0.75}, "fp8": False, "from": None}
+    assert extended(fewer, more, 3) == {"part": {"calls": 11, "seconds": 1.25}, "fp8": False, "from": None}
+    for other in ({"decoder": 1}, fewer | {"from": "x"}):
+        with pytest.raises(AssertionError):
+            extended(fewer, other, 3)
+
+
+@pytest.mark.slow
+def test_a_row_from_runs_of_fewer_layers_is_that_of_all():
+    spec = replace(MODELS["wan-tiny"], num_heads=2)
+    scheme = make_preset("self-forcing", denoising_step_list=(1000,), local_attn_size=6)
+
+    def row(layers: int) -> dict:
+        built = BlockGraphBuilder(replace(spec, num_layers=layers), scheme, (32, 32), torch.bfloat16).build()
+        graph = rewritten(built, chosen())
+        return facts(dry_run(graph, 90, compiled=False), RATES[90], graph)["parts"]["block"]
+
+    fewer, more, whole = (row(layers) for layers in (2, 3, 5))
+    made = extended(fewer, more, 3)
+    assert made["predicted"] == pytest.approx(whole["predicted"], rel=1e-9)
+    for key in ("calls", "allocating", "flops", "bytes"):
+        assert made[key] == whole[key] > fewer[key] or key == "allocating"

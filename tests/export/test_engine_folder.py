@@ -87,6 +87,7 @@ def steered(engine: Engine, exported: ExportedEngine, blocks: int, guided: bool 
     return max(latents), max(pixels), float(np.mean(share))
 
 
+MEMORY = {"local_attn_size": 5, "sink_size": 1, "denoising_step_list": (1000, 500)}
 ROLLING = {"num_frame_per_block": 1, "local_attn_size": 8, "sink_size": 2}
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "moving positions, recached sink, actions": ("tinyworld", 9, {"spec": WORLD}),
@@ -102,6 +103,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
         "rolling-forcing", 12, {**ROLLING, "spec": WORLD},
     ),
     "blend": ("self-forcing-framewise", 7, {"local_attn_size": 4, "prompt_switch": "blend", "blend_blocks": 3}),
+    "memory weights": ("sgf-plus-framewise", 7, MEMORY),
 }  # fmt: skip
 
 
@@ -122,7 +124,22 @@ def inside(engine: Engine, folder: Path, **settings: Any) -> Engine:
     return load_exported(folder, Limits(), settings, lambda path: modules[path.stem])
 
 
-@pytest.mark.parametrize(("preset", "settings"), [("tinyworld", {}), ("rolling-forcing", ROLLING)])
+def test_commits_by_the_plain_weights_do_not_go_unseen(tmp_path: Path) -> None:
+    """The comparison fails for an engine whose memory weights are the plain ones; then it has no second prompt."""
+    engine = make_engine("sgf-plus-framewise", dtype="float32", **MEMORY)
+    plain = remade(engine, more=(engine.parts.transformer,))
+    sizes = [len(modules_of(each)["prompt"].program.results) for each in (engine, plain)]
+    assert sizes[0] == 2 * sizes[1]
+    latents, _, _ = steered(engine, as_modules(plain, write(plain, tmp_path / "engine")), 4)
+    assert latents > 1e-2
+
+
+SESSIONS = [("tinyworld", {}), ("rolling-forcing", ROLLING)]
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings"), [*SESSIONS, pytest.param("sgf-plus-framewise", MEMORY, marks=pytest.mark.slow)]
+)
 def test_sessions_on_an_exported_engine(preset: str, settings: dict[str, Any], tmp_path: Path) -> None:
     """Two sessions in turn, a fork, a rewind and a restored file give what the model itself gives."""
     model = make_engine(preset, dtype="float32", spec=WORLD, rewind_blocks=2, **settings)
@@ -189,7 +206,7 @@ def test_pictures_that_a_runner_cannot_begin_with(folder: Path, tmp_path: Path) 
 
 
 def test_what_an_exported_engine_refuses_inside(folder: Path, tmp_path: Path) -> None:
-    refused = {"lora": "style", "dtype": "float16", "window_blocks": 2}
+    refused = {"lora": "style", "dtype": "float16", "window_blocks": 2, "clean_weights": "memory"}
     for key, value in refused.items():
         with pytest.raises(UsageError, match="blocks" if key == "window_blocks" else key):
             load_exported(folder, Limits(), {key: value}, lambda path: pytest.fail("no program is loaded"))
@@ -324,7 +341,7 @@ assert "torch" not in sys.modules
 @pytest.mark.parametrize("name", WAN_PRESETS)
 def test_presets_that_cannot_be_exported_are_refused_before_weights(name: str, tmp_path: Path) -> None:
     """No file of weights is there, so an error of another kind would show that it was looked for."""
-    if name in ("causvid", "krea", "sgf-plus", "sgf-plus-framewise", "self-forcing-a14b"):
+    if name in ("causvid", "krea", "self-forcing-a14b"):
         with pytest.raises(UsageError, match=name):
             export_engine(tmp_path / "none.safetensors", name, out=tmp_path / "engine")
     else:

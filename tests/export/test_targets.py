@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles import SIZE
+from oracles import SIZE, make_engine, remade
 from safetensors.torch import load_file
-from small_engine import PROMPTS, ROWS, compare, compare_small, halve_small, small_engine
+from small_engine import PROMPTS, ROWS, SPEC, compare, compare_small, halve_small, small_engine
 from typer.testing import CliRunner
 
 import inferix
 from inferix.bench import engines
 from inferix.cli.main import app
 from inferix.errors import InferixError
-from inferix.export.engine_folder import export_engine
+from inferix.export.engine_folder import export_engine, write_engine
 from inferix.export.plan import Plan
 from inferix.export.run import ExportedEngine
+from inferix.export.targets import TARGETS
 from inferix.export.to_onnx import store_in_half
 from inferix.runtime.engine import Engine
 from inferix.runtime.sessions.output_queue import Block
@@ -128,6 +129,20 @@ def test_sessions_on_onnx(onnx_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["openvino", "aoti"])
 def test_sessions_on_other_targets(target: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     check_sessions(request.getfixturevalue(f"{target}_folder"), tmp_path)
+
+
+@pytest.mark.slow
+def test_memory_weights_on_onnx(tmp_path: Path) -> None:
+    """A commit by the second set of weights, through ONNX Runtime."""
+    settings = {"local_attn_size": 5, "sink_size": 1, "denoising_step_list": (1000, 500)}
+    engine = make_engine("sgf-plus-framewise", dtype="float32", spec=SPEC, **settings)
+    engine = remade(engine, vae=small_engine().parts.vae)
+    prompts = dict(zip(PROMPTS, ROWS, strict=True))
+    folder = write_engine(engine, tmp_path / "engine", SIZE, TARGETS["onnx"], prompts)
+    session = engine.open(prompt_embeds=ROWS[0], seed=5, size=SIZE)
+    switch = lambda number: session.prompt(embeds=ROWS[number])  # noqa: E731
+    latents, _, _ = compare(ExportedEngine(folder, 1), session, switch, 7, [], 5)
+    assert latents <= 1e-4
 
 
 def test_programs_share_their_weights(onnx_folder: Path) -> None:

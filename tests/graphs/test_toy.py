@@ -77,8 +77,8 @@ def test_a_model_that_is_not_wan_is_traced_fused_and_run() -> None:
     places = {change.rewrite: change.places for change in actual.changes}
     assert places == {
         "dead-work": 0, "patch-embedding": 0, "merge-qkv": 2, "qk-norm-rope": 2, "rms-norm": 0, "cross-attention": 0,
-        "adaln": 4, "denoise-step": 1, "gelu": 2,
-        "hoist-prompt": 1, "hoist-frames": 0, "fold": 4,
+        "gated-norm": 0, "adaln": 4, "denoise-step": 1, "gelu": 2, "swiglu": 0,
+        "hoist-prompt": 1, "hoist-frames": 0, "wide-linear": 0, "fold": 4,
     }  # fmt: skip
 
 

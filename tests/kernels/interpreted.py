@@ -25,6 +25,7 @@ from inferix.kernels.catalog import SPECS
 from inferix.kernels.conv_epilogue import gpu as epilogue_gpu
 from inferix.kernels.denoise_step import gpu as denoise_gpu
 from inferix.kernels.frame_noise import gpu as noise_gpu
+from inferix.kernels.gated_norm import gpu as gated_gpu
 from inferix.kernels.join_phases import gpu as phases_gpu
 from inferix.kernels.kv_pages import gpu as pages_gpu
 from inferix.kernels.linear_lowp import gpu as linear_gpu
@@ -37,6 +38,7 @@ from inferix.kernels.rms_norm import gpu as rms_norm_gpu
 from inferix.kernels.rms_silu import gpu as rms_silu_gpu
 from inferix.kernels.rope_append import gpu as rope_gpu
 from inferix.kernels.spec import using
+from inferix.kernels.swiglu import gpu as swiglu_gpu
 from inferix.models.registry import make_preset
 
 assert os.environ["TRITON_INTERPRET"] == "1"
@@ -289,6 +291,14 @@ WRONG = {  # module, a piece of its source, what replaces it, and a case whose c
     "mean of the padded row": (adaln_gpu, "tl.where(inside, x - mean, 0.0)", "x - mean", "odd sizes"),
     "scale without one": (adaln_gpu, "(1.0 + tl.load(scale_ptr", "(0.0 + tl.load(scale_ptr", "one token"),
     "residual before the update": (adaln_gpu, "        x += update\n", "", "one token"),
+    "norm before its gate": (
+        gated_gpu, "    update *= tl.load(gate_ptr", "    update += 0.0 * tl.load(gate_ptr", "odd sizes"
+    ),
+    "gate of the next frame": (gated_gpu, "(tokens // frames)", "tokens * frames", "odd sizes"),
+    "next norm of the update": (gated_gpu, "_normed(total, next", "_normed(update, next", "odd sizes, next norm"),
+    "eps of the norm before": (gated_gpu, "dim, next_eps)", "dim, 0.1 + eps)", "next norm, one dtype"),
+    "halves in each other's place": (swiglu_gpu, "tl.exp(-gate)) * value", "tl.exp(-value)) * value", "odd sizes"),
+    "the other row": (swiglu_gpu, "(row * 2 + 1) * width", "(row * 2 + 1) * 0", "odd sizes"),
     "noise of another frame": (denoise_gpu, "zero + frame", "zero + frame + 1", "one patch"),
     "noise out of order": (denoise_gpu, "tl.join(one, three), tl.join(two, four)",
                            "tl.join(one, two), tl.join(three, four)", "one patch"),

@@ -21,12 +21,15 @@ from inferix.kernels.catalog import SPECS
 from inferix.kernels.conv_epilogue import conv_epilogue
 from inferix.kernels.denoise_step import denoise_step
 from inferix.kernels.dense_attention import dense_attention, flash
+from inferix.kernels.gated_norm import gated_norm
 from inferix.kernels.join_phases import join_phases
 from inferix.kernels.kv_pages import kv_pages
 from inferix.kernels.linear_lowp import linear_lowp
+from inferix.kernels.linear_wide import linear_wide
 from inferix.kernels.qk_norm_rope_append import qk_norm_rope_append
 from inferix.kernels.rms_silu import rms_silu
 from inferix.kernels.spec import expect_fp8, using
+from inferix.kernels.swiglu import swiglu
 
 HERE = Path(__file__).parent
 
@@ -89,6 +92,15 @@ def test_the_op_tells_torch_the_truth_about_itself(spec, checks):
 def test_the_ops_without_a_kernel_of_their_own_tell_the_truth_too():
     x, weight, bias = torch.randn(4, 8), torch.randn(6, 8), torch.randn(6)
     torch.library.opcheck(torch.ops.inferix.linear_gelu.default, (x, weight, bias, torch.empty(4, 6)))
+    torch.library.opcheck(torch.ops.inferix.linear_wide.default, (x.half(), weight.half(), torch.empty(4, 6)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_wide_linear_layer_keeps_what_half_precision_would_round(dtype):
+    x, weight = torch.randn(5, 64).to(dtype), torch.randn(7, 64).to(dtype)
+    result, exact = linear_wide(x, weight), x.double() @ weight.double().t()
+    assert result.dtype == torch.float32
+    assert (result - exact).abs().max() <= 1e-5 < (F.linear(x, weight) - exact).abs().max()
 
 
 @pytest.mark.parametrize(
@@ -334,6 +346,12 @@ GOOD_CALLS = {
     rms_silu: {"x": halves(5, 16), "gamma": halves(16)},
     conv_epilogue: {"x": halves(2, 3, 4, 16), "parts": 2},
     join_phases: {"x": halves(2, 3, 4, 16)},
+    gated_norm: {
+        "x": halves(1, 6, 32), "update": halves(1, 6, 32), "gate": halves(1, 2, 32), "weight": halves(32),
+        "bias": halves(32),
+    },
+    swiglu: {"x": halves(5, 32)},
+    linear_wide: {"x": halves(5, 16), "weight": halves(8, 16)},
 }  # fmt: skip
 MISTAKES = [
     (qk_norm_rope_append, {"qkv": halves(1, 6, 200)}, "shape of qkv is (1, 6, 200); expected (1, 6, 256)"),
@@ -376,6 +394,11 @@ MISTAKES = [
     (conv_epilogue, {"out": halves(2, 3, 4, 8)}, "shape of out is (2, 3, 4, 8); expected (4, 3, 4, 8)"),
     (join_phases, {"x": halves(2, 3, 4, 18)}, "wide is 18"),
     (join_phases, {"bias": halves(16)}, "shape of bias is (16,); expected (4,)"),
+    (gated_norm, {"gate": halves(1, 4, 32)}, "tokens is 6, frames is 4"),
+    (gated_norm, {"update": torch.zeros(1, 6, 32, dtype=torch.float64)}, "dtype of update is torch.float64"),
+    (gated_norm, {"next_weight": halves(32)}, "next_bias"),
+    (swiglu, {"out": halves(5, 15)}, "expected (5, 30)"),
+    (linear_wide, {"weight": halves(8, 15)}, "shape of weight is (8, 15); expected (8, 16)"),
 ]
 
 
