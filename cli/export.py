@@ -52,6 +52,7 @@ def export(
         False, "--cache", help="Write to the cache, not --out; generate and play run it on a CPU if it is faster.",
     ),
     dtype: str = typer.Option("float32", help="Of the stored weights: float32 or float16; passes are in float32."),
+    kv_dtype: str = typer.Option("float32", help="Of keys and values: float32, or int8 where the target has it."),
     unroll: bool = typer.Option(False, "--unroll", help="Write one program more, with all steps of a block."),
     prefixes: bool = typer.Option(
         False, "--prefixes", help="Write the encoder too, for streams that begin with an image or a video."
@@ -85,6 +86,7 @@ def export(
         needless |= {"--lora": lora, "--names": names, "--prompt": prompt, "--set": settings or None}
         needless |= {"--unroll": unroll or None, "--target": None if target == "onnx" else target}
         needless |= {"--dtype": None if dtype == "float32" else dtype}
+        needless |= {"--kv-dtype": None if kv_dtype == "float32" else kv_dtype}
         if wrong := [flag for flag, value in needless.items() if value is not None]:
             raise UsageError(f"--cache takes a model, preset and size as they are; leave {wrong[0]} out")
         return export_to_cache(model, preset, parse_size(size) if size else None, as_json)
@@ -96,8 +98,8 @@ def export(
     given = {key: value for key, value in parts.items() if value is not None}
     folder = export_engine(
         model, preset, out=out, target=target, size=parse_size(size) if size else None, dtype=dtype, unroll=unroll,
-        prefixes=prefixes, prompts=read_prompts(prompt) if prompt else (), lora_scale=lora_scale, offline=offline,
-        force=force, progress=lambda line: typer.echo(line, err=True), **given, **overrides,
+        kv_dtype=kv_dtype, prefixes=prefixes, prompts=read_prompts(prompt) if prompt else (), lora_scale=lora_scale,
+        offline=offline, force=force, progress=lambda line: typer.echo(line, err=True), **given, **overrides,
     )  # fmt: skip
     plan = read_plan(folder)
     programs, size_bytes = list(plan["programs"]), sum(facts["bytes"] for facts in plan["files"].values())

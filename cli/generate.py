@@ -51,6 +51,7 @@ from .options import (
     PARALLEL,
     PRESET,
     UNTRAINED,
+    advise_cached,
     check_beside_engine,
     check_nvtx,
     check_settings,
@@ -505,6 +506,7 @@ def generate(
     else:
         engine = load(model, preset=preset, device=device, dtype=dtype, **parts, **overrides)
         note_cached(engine)
+        advise_cached(engine)
     if engine.parts.form == "random":
         message = f"{model} has random, untrained weights: the picture is noise; --model takes a checkpoint"
         console.print(message, highlight=False, soft_wrap=True)

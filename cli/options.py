@@ -102,6 +102,16 @@ def note_cached(engine: Engine) -> None:
         typer.echo(note, err=True)
 
 
+def advise_cached(engine: Engine) -> None:
+    """Print once how to make an engine for the cache, where one could run in place of the model."""
+    if engine.config.device != "cpu" or engine.config.engine is not None:
+        return
+    from ..export.engine_cache import cache_advice
+
+    if (advice := cache_advice(engine)) is not None:
+        typer.echo(advice, err=True)
+
+
 def check_beside_engine(engine: object, given: Mapping[str, object]) -> None:
     """Raise UsageError for flags, by name, that an exported engine has its own answer to."""
     if engine is not None and (flags := [flag for flag, value in given.items() if value is not None]):

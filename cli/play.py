@@ -38,6 +38,7 @@ from .options import (
     GPUS,
     OFFLINE,
     PARALLEL,
+    advise_cached,
     check_beside_engine,
     check_start,
     known_spec,
@@ -478,6 +479,7 @@ def play(
         parts: dict[str, Any] = {"base": base, "device": device, "executor": executor or AUTO, "graphs": graphs}
         engine = load(named, preset=preset, **parts, **ranks, **checks)
         note_cached(engine)
+        advise_cached(engine)
     has_camera = engine.spec.camera_channels is not None
     if not engine.spec.actions and not has_camera:
         raise UsageError(

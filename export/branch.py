@@ -9,7 +9,7 @@ import numpy as np
 from ..schemes.fixed_window import FixedWindow
 from ..schemes.page_needs import page_needs
 from .backends import Values
-from .numerics import rotated
+from .numerics import Array, quantised, rotated
 from .plan import Plan
 
 
@@ -23,12 +23,14 @@ class Branch:
         shape = (frames, size["tokens"], model["heads"], model["channels"])
         names = [f"{part}_{layer}" for layer in range(model["layers"]) for part in "kv"]
         self.text, self.slots, self.frequencies = text, FixedWindow(), plan["rope"]["frequencies"]
-        self.past = {name: np.zeros(shape, np.float32) for name in names}
+        self.past = {name: np.zeros(shape, plan.kv_dtype) for name in names}
+        if plan.kv_dtype == "int8":
+            self.past |= {f"scale_{name}": np.zeros((shape[0], shape[2]), np.float32) for name in names}
         self.pending: tuple[int, ...] = ()  # frames whose keys and values are in `new` and not yet in slots
         self.new: Values = {}
         self.stored: dict[int, int] = {}  # position at which a frame's keys were rotated
         self.shift: dict[int, int] = {}  # how much further they are rotated in their slot; 0 but for a moving sink
-        self.originals: dict[int, Values] = {}  # keys as stored, of frames that have been rotated further
+        self.originals: dict[int, Values] = {}  # keys of frames that have been rotated further, before that
 
     def keep(self, frames: Sequence[int], positions: Sequence[int], new: Values) -> None:
         """Take the keys and values that a pass left for its frames, at these positions."""
@@ -55,12 +57,21 @@ class Branch:
         for slot, frame in seen.items():
             if (shift := past[frame] - self.stored[frame]) != self.shift[frame]:
                 keys = {name: slots for name, slots in self.past.items() if name.startswith("k")}
-                original = self.originals.setdefault(frame, {name: slots[slot].copy() for name, slots in keys.items()})
+                original = self.originals.setdefault(frame, {name: self.keys_in(name, slot) for name in keys})
                 for name, slots in keys.items():
-                    slots[slot] = rotated(original[name], shift * np.array(self.frequencies))
+                    turned = rotated(original[name], shift * np.array(self.frequencies))
+                    if (scales := self.past.get(f"scale_{name}")) is None:
+                        slots[slot] = turned
+                    else:
+                        slots[slot], scales[slot] = quantised(turned)
                 self.shift[frame] = shift
         for known in (self.stored, self.shift, self.originals):
             for frame in known.keys() - set(cached):
                 del known[frame]
         listed = slice(len(past)) if len(past) == len(self.slots.frames) else list(seen)
         return self.text | {f"past_{name}": slots[listed] for name, slots in self.past.items()}
+
+    def keys_in(self, name: str, slot: int) -> Array:
+        """Keys [tokens, heads, channels] of the frame in a slot, float32."""
+        keys, scales = self.past[name][slot].astype(np.float32), self.past.get(f"scale_{name}")
+        return keys if scales is None else keys * scales[slot][:, None]

@@ -48,6 +48,7 @@ TARGET = "onnx"
 TRACED = ("models", "schemes", "export")  # folders of the package
 MEASURED = "measured.json"  # beside the plan, which does not list it: an engine without it is not used
 RUN = ("eager", "exported")  # what is timed
+ADVISED = "advised"  # an empty file of the cache: the user has been advised to make an engine
 WARM_UP, TIMED = 2, 5  # blocks
 TOLERANCE = 1e-3  # largest difference of latents, relative to the largest latent
 LARGEST = 1 << 30  # bytes of a model: its files are hashed whenever it is loaded
@@ -124,6 +125,29 @@ def find_cached(
     scheme = with_settings(plan.preset, **{key: value for key, value in given.items() if key in FIELDS})
     can = TARGETS[TARGET].can >= set(needed_features(scheme, plan["dtype"], False))
     return plan.folder if can and needs_other_programs(plan, scheme) is None else None
+
+
+def cache_advice(engine: Engine) -> str | None:
+    """Advise the user, once for a cache, to make an engine of a loaded model.
+
+    None where the advice has been given, an engine has been made, or none could be made here or run in its place.
+    """
+    config, folder, target = engine.config, cache_folder(), TARGETS[TARGET]
+    plain = (config.device, config.dtype, config.executor) == ("cpu", "float32", "eager")
+    if not plain or folder is None or (folder / ADVISED).exists() or not writes_words(engine):
+        return None
+    if target.missing or find_spec(target.runtime) is None:
+        return None
+    key = engine_key(config.model, config.preset, None)
+    if key is None or (folder / key).exists():
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ADVISED).touch()
+    except OSError:  # an engine could not be written there either
+        return None
+    return ("inferix export --cache makes an engine of this model in a minute or two; generate and play then run it, "
+            "if it is faster here")  # fmt: skip
 
 
 def load_cached(

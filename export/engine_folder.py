@@ -61,6 +61,7 @@ def export_engine(
     dtype: str = "float32",
     unroll: bool = False,
     prefixes: bool = False,
+    kv_dtype: str = "float32",
     prompts: Sequence[str] = (),
     progress: Callable[[str], None] = lambda line: None,
     **settings: Any,
@@ -70,18 +71,20 @@ def export_engine(
     model, preset and settings are those of `load`. out: a new folder. prompts: those that the engine can follow, if its
     text encoder is not exported; without any, the default prompt. unroll: one program more, with all steps of a block.
     prefixes: two more, with which streams can begin with an image or a video. dtype: of the stored weights.
+    kv_dtype: of keys and values, float32, or int8 with a scale for each frame and head.
     Raises UsageError for what the target cannot do, before weights are read, and for bad values.
     """
     name = default_model(preset) if model is None else str(model)
     fields = {key: value for key, value in settings.items() if key in FIELDS}
     scheme = make_preset(preset or default_preset(name), **fields)
     chosen = find_target(target)
-    check_target(chosen, scheme, dtype, unroll, prefixes)
+    check_target(chosen, scheme, dtype, unroll, prefixes, kv_dtype)
     progress(f"loading {name}")
     engine = load(name, preset, device="cpu", executor="eager", dtype="float32", size=size, **settings)
     rows = rows_of(engine, prompts)
     return write_engine(
-        engine, out, engine.default_size if size is None else size, chosen, rows, unroll, prefixes, progress, dtype
+        engine, out, engine.default_size if size is None else size, chosen, rows, unroll, prefixes, progress, dtype,
+        kv_dtype,
     )
 
 
@@ -101,10 +104,11 @@ def write_engine(
     prefixes: bool = False,
     progress: Callable[[str], None] = lambda line: None,
     dtype: str = "float32",
+    kv_dtype: str = "float32",
 ) -> Path:
     """Write a loaded engine as a folder. prompts: rows [text_len, text_dim] by text; none to write the word encoder."""
     with new_folder(out) as folder, torch.no_grad():
-        programs, decoder = describe_programs(engine, size, unroll)
+        programs, decoder = describe_programs(engine, size, unroll, kv_dtype)
         encoder = describe_encoder(engine, size) if prefixes else None
         if encoder is not None:
             programs += encoder.programs
@@ -121,12 +125,16 @@ def write_engine(
                 "first_pictures": engine.spec.first_pictures, "pictures": engine.spec.vae_stride[0],
                 "first_state": list(encoder.first_state), "state": [list(shape) for shape in encoder.shapes],
             }  # fmt: skip
+        if kv_dtype != "float32":
+            plan["kv_dtype"] = kv_dtype
         plan["files"] = describe_files(folder)
         (folder / FILE).write_text(json.dumps(plan, indent=1) + "\n", "utf-8")
     return Path(out)
 
 
-def describe_programs(engine: Engine, size: tuple[int, int], unroll: bool) -> tuple[list[Program], DecoderPrograms]:
+def describe_programs(
+    engine: Engine, size: tuple[int, int], unroll: bool, kv_dtype: str = "float32"
+) -> tuple[list[Program], DecoderPrograms]:
     """The programs of the transformer and of the decoder for pictures of one size."""
     check_model(engine.parts.transformer)
     preset, spec = engine.preset, engine.spec
@@ -134,7 +142,7 @@ def describe_programs(engine: Engine, size: tuple[int, int], unroll: bool) -> tu
     frames = block if preset.block_size(0) == block and preset.window_blocks == 1 else None
     sampler = Sampler(preset.sampler)
     limits = {FRAMES: (1, preset.window_blocks * block, most), PAST: (0, most - block, most)}
-    programs = pass_programs(engine.parts.transformer, size, sampler, frames, unroll, limits)
+    programs = pass_programs(engine.parts.transformer, size, sampler, frames, unroll, limits, kv_dtype)
     latent = spec.latent_size(size)
     plain, memory = engine.parts.transformers[0], engine.parts.transformers[-1]
     if memory is not plain:
@@ -251,7 +259,8 @@ def describe_program(program: Program, target: Target) -> dict[str, Any]:
         for tensor in value if isinstance(value, list) else [value]:
             axes = program.dynamic[key]
             shape = [axes.get(axis, length) for axis, length in enumerate(tensor.shape)]
-            inputs.append({"name": next(names), "shape": shape})
+            kind = {"dtype": "int8"} if tensor.dtype == torch.int8 else {}
+            inputs.append({"name": next(names), "shape": shape} | kind)
     return {"file": f"{program.name}{target.suffix}", "inputs": inputs, "outputs": list(program.results)}
 
 

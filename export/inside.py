@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import UsageError, quoted
 from ..graphs.paged_attention import PagedAttention
+from ..graphs.staged_attention import StagedAttention
 from ..models.decoder import Decoder, DecoderSpec, StreamState
 from ..models.registry import family_of
 from ..models.rope import Rope
@@ -33,6 +34,7 @@ from ..runtime.telemetry.profile import Profile
 from ..schemes.page_needs import window
 from ..schemes.presets import FIELDS, Preset, with_settings
 from .backends import LoadProgram, Program, program_loader
+from .kv_precision import dequantised, quantised
 from .plan import Plan, read_plan, restored
 from .targets import TARGETS, check_target
 from .word_table import PromptTable
@@ -41,7 +43,7 @@ KEPT = ("kv_memory", "kv_offload", "batches", "drift_meter")  # settings of an e
 
 MODEL_EXECUTORS["exported"] = ExecutorSpec(
     about="programs of an exported engine, pass by pass", make=f"{__name__}:make_exported", devices=("cpu",),
-    kv_dtypes=("float32",),
+    kv_dtypes=("float32", "int8"),
 )  # fmt: skip
 
 
@@ -59,12 +61,14 @@ def load_exported(
             raise UsageError(f"{key} is {quoted(settings[key])}, but the engine {quoted(folder)} has its own; "
                              "leave it out, or export another engine")  # fmt: skip
     preset = with_settings(plan.preset, **{key: value for key, value in settings.items() if key in FIELDS})
-    check_target(TARGETS[plan["target"]], preset, plan["dtype"], False)
+    check_target(TARGETS[plan["target"]], preset, plan["dtype"], False, kv_dtype=plan.kv_dtype)
     if (field := needs_other_programs(plan, preset)) is not None:
         asked, made = (quoted(TRACED_WITH[field](each)) for each in (preset, plan.preset))
         raise UsageError(f"{field} is {asked}, but the programs of the engine {quoted(folder)} were made for {made}; "
                          "leave it out, or export another engine")  # fmt: skip
     kept = {key: value for key, value in settings.items() if key in KEPT}
+    if plan.kv_dtype != plan["dtype"]:
+        kept["kv_dtype"] = plan.kv_dtype
     source = plan["model"]["source"]
     config = EngineConfig.of(source, preset.name, device="cpu", dtype=plan["dtype"],
                             executor="exported", engine=str(folder), **kept)  # fmt: skip
@@ -186,7 +190,7 @@ class ExportedDecoder(Decoder):
 
 
 class ExportedExecutor:
-    """Runs passes by programs over pages of float32; see `Executor`. Groups of a pass see the same frames."""
+    """Runs passes by programs over pages of float32 or int8; see `Executor`. Groups of a pass see the same frames."""
 
     supports_whole_block = False
 
@@ -224,21 +228,21 @@ class ExportedExecutor:
 
         A commit has no use for a velocity, and may have more frames than `step` takes: its velocity is 0.
         """
-        values, own, stores = self.inputs(latents, timesteps, text, attention, actions)
+        values, own, stores, scales = self.inputs(latents, timesteps, text, attention, actions)
         if bool((timesteps == self.context_timestep).all()):
             for name, value in self.programs["commit"](values).items():
-                _, part, layer = name.split("_")
-                stores[int(layer)][int(part == "v"), own] = torch.from_numpy(value)
+                *kind, part, layer = name.split("_")
+                store = stores[int(layer)] if kind == ["new"] else scales[int(layer)]
+                store[int(part == "v"), own] = torch.from_numpy(value)
             if not self.denoises_at_context:
                 return torch.zeros_like(latents)
         return torch.from_numpy(self.programs["step"](values)["velocity"])
 
     def inputs(
         self, latents: Tensor, timesteps: Tensor, text: Text, attention: KeyValues, actions: Tensor | None
-    ) -> tuple[dict[str, Any], list[int], Sequence[Tensor]]:
-        """Inputs of a pass by name, the pages of its own frames, and the page store of each layer."""
-        if not isinstance(attention, PagedAttention) or attention.scales is not None:
-            raise UsageError("pages of an exported engine are float32; leave kv_dtype out")
+    ) -> tuple[dict[str, Any], list[int], Sequence[Tensor], Sequence[Tensor]]:
+        """Inputs of a pass by name, the pages of its own frames, and the page store and the scales of each layer."""
+        assert isinstance(attention, PagedAttention | StagedAttention)
         part, parts = attention.parts[0], attention.parts
         rope = torch.cat([each.rope_time.flatten(0, 1) for each in parts]).float()
         own = [page for each in parts for page in each.pages.flatten().tolist()]
@@ -246,6 +250,12 @@ class ExportedExecutor:
         listed = lists[0].tolist()
         assert len(latents) == 1 and all(sorted(row.tolist()) == sorted(listed) for row in lists), parts
         seen = [page for page in listed if page not in own]
+        if isinstance(attention, StagedAttention):  # what it lists are slots
+            assert attention.seen is not None
+            at = dict(zip(*(places.tolist() for places in reversed(attention.seen)), strict=True))
+            at |= dict(zip(*(places.tolist() for places in attention.written), strict=True))
+            own, seen = [at[slot] for slot in own], [at[slot] for slot in seen]
+        scales = attention.scales or ()
         assert isinstance(text, dict)
         values = text | {
             "latents": latents.numpy(), "timesteps": timesteps.numpy(), "rope_cos": rope[..., 0].numpy(),
@@ -256,11 +266,19 @@ class ExportedExecutor:
         sinks = 0 if part.sink_count is None else int(part.sink_count[0])
         for layer, store in enumerate(attention.kv):
             keys, kept = store[:, seen].unbind(0)
+            by_keys, by_kept = scales[layer][:, seen].unbind(0) if scales else (None, None)
             if sinks and part.rope_sink is not None:
                 moved = between(part.rope_sink[0, 0], part.rope_time[0, 0])
-                keys = torch.cat((self.rope.rotate_time(keys[:sinks], moved), keys[sinks:]))
+                early = keys[:sinks] if by_keys is None else dequantised(keys[:sinks], by_keys[:sinks])
+                early = self.rope.rotate_time(early, moved)
+                if by_keys is not None:
+                    early, scale = quantised(early)
+                    by_keys = torch.cat((scale, by_keys[sinks:]))
+                keys = torch.cat((early, keys[sinks:]))
+            if by_keys is not None and by_kept is not None:
+                values |= {f"past_scale_k_{layer}": by_keys.numpy(), f"past_scale_v_{layer}": by_kept.numpy()}
             values |= {f"past_k_{layer}": keys.contiguous().numpy(), f"past_v_{layer}": kept.contiguous().numpy()}
-        return values, own, attention.kv
+        return values, own, attention.kv, scales
 
     def run_block(
         self,

@@ -21,6 +21,12 @@ def rotated(keys: Array, angles: Array) -> Array:
     return np.concatenate((turned.astype(keys.dtype), keys[..., 2 * len(angles) :]), -1)
 
 
+def quantised(x: Array) -> tuple[Array, Array]:
+    """Keys or values [..., P, n, c] as int8, and their scales float32 [..., n], as the programs make them."""
+    scale = np.maximum(np.abs(x).max((-3, -1)), np.float32(1e-12)) / np.float32(127)
+    return np.rint(x / scale[..., None, :, None]).astype(np.int8), scale.astype(np.float32)
+
+
 def normals(seed: int, frames: Sequence[int], draw: int, shape: tuple[int, ...]) -> Array:
     """Normals float32 [F, *shape] of absolute frames by Philox4x32-10; see `noise` in the plan."""
     count = math.prod(shape)

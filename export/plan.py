@@ -45,6 +45,11 @@ class Plan:
         return hashlib.sha256(hashes.encode()).hexdigest()[:16]
 
     @property
+    def kv_dtype(self) -> str:
+        """Dtype of the past: float32, or int8 with scales beside it."""
+        return str(self.values.get("kv_dtype", "float32"))
+
+    @property
     def encoder(self) -> dict[str, Any] | None:
         """The plan's part on the encoder; None if the engine has none."""
         return self.values.get("encoder")

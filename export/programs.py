@@ -27,6 +27,7 @@ from ..kernels.rope import Angles, rotate
 from ..models.decoder import Decoder, StreamState
 from ..models.transformer import TextContext, Transformer
 from ..runtime.sampler import Sampler
+from .kv_precision import dequantised, quantised
 
 FRAMES, PAST = "frames", "past"  # dimensions that differ from pass to pass
 TRACED_PAST, TRACED_FRAMES = 3, 2  # sizes to trace with: neither 0 nor 1, which a tracer takes for constants
@@ -52,18 +53,28 @@ class Program:
 class WindowAttention:
     """Attention (`KeyValues`) over a past in plain tensors and the frames of the pass behind it; collects the latter.
 
-    past: rotated keys, and values, of each layer in turn. own: angles of the pass's tokens.
+    past: rotated keys, and values, of each layer in turn. scales: of each of them, where they are int8; then those of
+    the pass are attended to as they will be stored. own: angles of the pass's tokens.
     """
 
-    def __init__(self, past: Sequence[Tensor], own: Angles, half_split: bool) -> None:
-        self.past, self.own, self.half_split = past, own, half_split
+    def __init__(self, past: Sequence[Tensor], scales: Sequence[Tensor], own: Angles, half_split: bool) -> None:
+        self.past, self.scales, self.own, self.half_split = past, scales, own, half_split
         self.new: list[Tensor] = []
+        self.new_scales: list[Tensor] = []
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         past_k, past_v = self.past[2 * layer : 2 * layer + 2]
         q, k = (rotate(part, self.own, self.own.cos.dtype, self.half_split) for part in (q, k))
         new_k, new_v = (part[0].unflatten(0, (-1, past_k.shape[1])) for part in (k, v))
-        self.new += [new_k, new_v]
+        if self.scales:
+            scale_k, scale_v = self.scales[2 * layer : 2 * layer + 2]
+            past_k, past_v = dequantised(past_k, scale_k), dequantised(past_v, scale_v)
+            stored = [quantised(part) for part in (new_k, new_v)]
+            self.new += [part for part, _ in stored]
+            self.new_scales += [scale for _, scale in stored]
+            new_k, new_v = (dequantised(*pair) for pair in stored)
+        else:
+            self.new += [new_k, new_v]
         keys, values = (
             torch.cat(parts).flatten(0, 1)[None] for parts in ((past_k, new_k), (past_v, new_v))
         )
@@ -90,13 +101,13 @@ class NetworkPass(nn.Module):
 
     def run(
         self, latents: Tensor, timesteps: Tensor, rope: Sequence[Tensor], text: Sequence[Tensor],
-        past: Sequence[Tensor], actions: Tensor | None,
+        past: Sequence[Tensor], actions: Tensor | None, scales: Sequence[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-        """Return the velocity, and the keys and values of the pass's frames by layer."""
-        window = WindowAttention(past, self.angles(rope), self.model.rope.half_split)
+        """Return the velocity, and the keys and values of the pass's frames by layer, then their scales."""
+        window = WindowAttention(past, scales, self.angles(rope), self.model.rope.half_split)
         context = TextContext(tuple(zip(text[::2], text[1::2], strict=True)), None)
         velocity: Tensor = self.model.forward(latents, timesteps, context, window, actions)
-        return velocity, window.new
+        return velocity, window.new + window.new_scales
 
     def angles(self, rope: Sequence[Tensor]) -> Angles:
         """Angles of each token from cosines and sines of each frame's position [frames, pairs of time].
@@ -115,9 +126,9 @@ class Step(NetworkPass):
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, rope: list[Tensor], text: list[Tensor], past: list[Tensor],
-        actions: Tensor | None = None,
+        actions: Tensor | None = None, scales: Sequence[Tensor] = (),
     ) -> Tensor:  # fmt: skip
-        return self.run(latents, timesteps, rope, text, past, actions)[0]
+        return self.run(latents, timesteps, rope, text, past, actions, scales)[0]
 
 
 class Commit(NetworkPass):
@@ -125,9 +136,9 @@ class Commit(NetworkPass):
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, rope: list[Tensor], text: list[Tensor], past: list[Tensor],
-        actions: Tensor | None = None,
+        actions: Tensor | None = None, scales: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        return tuple(self.run(latents, timesteps, rope, text, past, actions)[1])
+        return tuple(self.run(latents, timesteps, rope, text, past, actions, scales)[1])
 
 
 class Steps(NetworkPass):
@@ -142,12 +153,12 @@ class Steps(NetworkPass):
 
     def forward(
         self, noise: Tensor, rope: list[Tensor], text: list[Tensor], past: list[Tensor],
-        actions: Tensor | None = None,
+        actions: Tensor | None = None, scales: Sequence[Tensor] = (),
     ) -> Tensor:  # fmt: skip
         seen, latents = list(noise.split(1)), noise[:1]
         for row, level in zip(self.matrix, self.levels, strict=True):
             timesteps = level[None, None].expand(1, noise.shape[1])
-            velocity, _ = self.run(latents, timesteps, rope, text, past, actions)
+            velocity, _ = self.run(latents, timesteps, rope, text, past, actions, scales)
             seen.append(velocity)
             terms = [weight * part for weight, part in zip(row, seen, strict=False) if weight]
             latents = torch.stack(terms).sum(0)
@@ -251,11 +262,12 @@ def solver_matrix(sampler: Sampler) -> list[list[float]]:
 
 def pass_programs(
     model: Transformer, size: tuple[int, int], sampler: Sampler, frames: int | None, unroll: bool,
-    limits: Mapping[str, tuple[int, int, int]],
+    limits: Mapping[str, tuple[int, int, int]], kv_dtype: str = "float32",
 ) -> list[Program]:  # fmt: skip
     """Programs of the transformer. frames: of each denoising pass; None where passes have different numbers.
 
-    limits: least, usual and largest number of frames of a pass and of its past.
+    limits: least, usual and largest number of frames of a pass and of its past. kv_dtype: of the past, `float32` or
+    `int8`.
     """
     spec = model.spec
     height, width = spec.latent_size(size)
@@ -263,7 +275,9 @@ def pass_programs(
     pairs, tokens = len(model.rope.time), spec.tokens_per_frame(size)
     names = {
         "rope": ("rope_cos", "rope_sin"), "text": by_layer("text", layers), "past": by_layer("past", layers),
+        "scales": by_layer("past_scale", layers),
     }  # fmt: skip
+    kept = by_layer("new", layers) + (by_layer("new_scale", layers) if kv_dtype == "int8" else ())
 
     def describe(name: str, module: nn.Module, block: int | None, results: tuple[str, ...]) -> Program:
         count = TRACED_FRAMES if block is None else block
@@ -280,8 +294,11 @@ def pass_programs(
         }
         if spec.action_dim is not None:
             inputs["actions"] = torch.zeros(1, count, spec.action_dim)
+        if kv_dtype == "int8":
+            inputs["past"] = [part.to(torch.int8) for part in inputs["past"]]
+            inputs["scales"] = zeros(2 * layers, TRACED_PAST, spec.kv_heads)
         dynamic = {key: own[1] for key in ("latents", "timesteps", "noise", "actions")} | {"rope": own[0], "text": {}}
-        dynamic["past"] = {0: PAST}
+        dynamic |= {"past": {0: PAST}, "scales": {0: PAST}}
         flat = tuple(part for key in inputs for part in names.get(key, (key,)))
         return Program(name, module, inputs, {key: dynamic[key] for key in inputs}, flat, results, limits)
 
@@ -289,7 +306,7 @@ def pass_programs(
         Program("prompt", Prompt(model), {"rows": torch.zeros(1, spec.text_len, spec.text_dim)}, {"rows": {}},
                 ("rows",), names["text"]),
         describe("step", Step(model, size), frames, ("velocity",)),
-        describe("commit", Commit(model, size), None, by_layer("new", layers)),
+        describe("commit", Commit(model, size), None, kept),
     ]  # fmt: skip
     if unroll:
         programs.append(describe("steps", Steps(model, size, sampler), frames, ("clean",)))

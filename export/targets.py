@@ -37,7 +37,10 @@ FEATURES = {  # what a preset or a command may ask of an engine
     "float32": "--dtype float32: weights are stored in it; passes are always in float32",
     "float16": "--dtype float16",
     "bfloat16": "--dtype bfloat16",
+    "keys and values in int8": "--kv-dtype int8: a scale for each frame and head",
+    "keys and values in fp8": "--kv-dtype fp8",
 }
+KV_DTYPES = ("float32", "int8", "fp8")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -74,13 +77,14 @@ class Target:
 PLAIN = frozenset(FEATURES) - {
     "several prompts in a pass", "recomputed context", "commit in the next pass", "averaged sink",
     "context by noise level", "two experts", "endless window", "guidance by past", "channels of frames",
-    "unrolled joint steps", "pasted pictures", "float16", "bfloat16",
+    "unrolled joint steps", "pasted pictures", "float16", "bfloat16", "keys and values in int8",
+    "keys and values in fp8",
 }  # fmt: skip
 HALF = PLAIN | {"float16"}
 HERE = __package__
 EVERY = (
     Target("onnx", ".onnx", ("onnx", "onnxscript"), "onnx", f"{HERE}.to_onnx:OnnxWriter",
-           f"{HERE}.backends:OnnxRuntime", "onnxruntime", HALF, "CPU, by ONNX Runtime"),
+           f"{HERE}.backends:OnnxRuntime", "onnxruntime", HALF | {"keys and values in int8"}, "CPU, by ONNX Runtime"),
     Target("openvino", ".xml", ("onnx", "onnxscript", "openvino"), "openvino", f"{HERE}.to_openvino:OpenVinoWriter",
            f"{HERE}.backends:OpenVino", "openvino", HALF, "CPU, by OpenVINO"),
     Target("aoti", ".pt2", ("torch",), "", f"{HERE}.to_aoti:AotiWriter", f"{HERE}.backends:AotInductor", "torch",
@@ -103,7 +107,9 @@ def find_target(name: str) -> Target:
     return target
 
 
-def needed_features(preset: Preset, dtype: str, unroll: bool, prefixes: bool = False) -> list[str]:
+def needed_features(
+    preset: Preset, dtype: str, unroll: bool, prefixes: bool = False, kv_dtype: str = "float32"
+) -> list[str]:
     """Features that an engine of a preset needs, in the table's order."""
     context = preset.context
     asked = {
@@ -129,15 +135,19 @@ def needed_features(preset: Preset, dtype: str, unroll: bool, prefixes: bool = F
         "prefixes": prefixes,
         "pasted pictures": prefixes and context.image in ("paste", "clamp"),
         dtype: True,
+        f"keys and values in {kv_dtype}": True,
     }
     return [feature for feature in FEATURES if asked.get(feature)]
 
 
-def check_target(target: Target, preset: Preset, dtype: str, unroll: bool, prefixes: bool = False) -> None:
+def check_target(
+    target: Target, preset: Preset, dtype: str, unroll: bool, prefixes: bool = False, kv_dtype: str = "float32"
+) -> None:
     """UsageError for a preset or a setting that needs what the target cannot."""
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype is {quoted(dtype)}{nearest(dtype, DTYPES)}; expected one of {', '.join(DTYPES)}")
-    needed = needed_features(preset, dtype, unroll, prefixes)
+    for key, value, known in (("dtype", dtype, DTYPES), ("kv_dtype", kv_dtype, KV_DTYPES)):
+        if value not in known:
+            raise UsageError(f"{key} is {quoted(value)}{nearest(value, known)}; expected one of {', '.join(known)}")
+    needed = needed_features(preset, dtype, unroll, prefixes, kv_dtype)
     if lacking := [feature for feature in needed if feature not in target.can]:
         listed = "; ".join(f"{feature} ({FEATURES[feature]})" for feature in lacking)
         raise UsageError(

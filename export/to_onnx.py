@@ -63,6 +63,7 @@ class OnnxWriter:
             result = torch.onnx.export(
                 trace(program), dynamo=True, opset_version=OPSET, verbose=False,
                 input_names=list(program.names), output_names=list(program.results),
+                custom_translation_table=translations(),
             )  # fmt: skip
         assert result is not None
         self.save(result.model, program.name)
@@ -83,6 +84,20 @@ class OnnxWriter:
                     WEIGHTS, offset, length, tensor.dtype, shape=shape, name=value.name or "", base_dir=self.folder
                 )
         onnx_ir.save(model, self.folder / f"{name}.onnx")
+
+
+def translations() -> dict[Any, Any]:
+    """Functions of onnxscript that make the operators of ONNX for our ops."""
+    from onnxscript import INT8, opset23
+
+    def quantise(x: Any, scale: Any) -> Any:
+        return opset23.QuantizeLinear(x, scale, axis=0, output_dtype=INT8.dtype)
+
+    def dequantise(x: Any, scale: Any) -> Any:
+        return opset23.DequantizeLinear(x, scale, axis=0)
+
+    return {torch.ops.inferix_export.quantise_rows.default: quantise,
+            torch.ops.inferix_export.dequantise_rows.default: dequantise}  # fmt: skip
 
 
 def store_in_half(model: Any) -> None:

@@ -55,7 +55,9 @@ class NameWriter:
 NAMES = dataclasses.replace(TARGETS["onnx"], writer=f"{__name__}:NameWriter")
 
 
-def modules_of(engine: Engine, unroll: bool = False, size: tuple[int, int] = SIZE) -> dict[str, ModuleProgram]:
-    programs, decoder = describe_programs(engine, size, unroll)
+def modules_of(
+    engine: Engine, unroll: bool = False, size: tuple[int, int] = SIZE, kv_dtype: str = "float32"
+) -> dict[str, ModuleProgram]:
+    programs, decoder = describe_programs(engine, size, unroll, kv_dtype)
     encoder = describe_encoder(engine, size)
     return {program.name: ModuleProgram(program) for program in [*programs, *decoder.programs, *encoder.programs]}

@@ -35,9 +35,9 @@ def small_engine(**settings: Any) -> Engine:
     return remade(make_engine("tinyworld", dtype="float32", spec=SPEC, **settings), vae=decoder)
 
 
-def export_small(target: str, out: Path, dtype: str = "float32") -> Path:
+def export_small(target: str, out: Path, dtype: str = "float32", kv_dtype: str = "float32") -> Path:
     rows = dict(zip(PROMPTS, ROWS, strict=True))
-    return write_engine(small_engine(), out, SIZE, TARGETS[target], rows, dtype=dtype)
+    return write_engine(small_engine(), out, SIZE, TARGETS[target], rows, dtype=dtype, kv_dtype=kv_dtype)
 
 
 def convert_small(onnx: Path, out: Path) -> Path:

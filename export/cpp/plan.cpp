@@ -93,6 +93,9 @@ Plan Plan::read(const std::filesystem::path& folder) {
     if (plan.at("version").integer() != version)
         throw UsageError("engine " + where + " has version " + std::to_string(plan.at("version").integer()) +
                          "; expected " + std::to_string(version) + ": export it again, or build the runner of then");
+    if (plan.json.has("kv_dtype") && plan.at("kv_dtype").string() != "float32")
+        throw UsageError("engine " + where + " has keys and values in " + plan.at("kv_dtype").string() +
+                         " (kv_dtype), which this runner does not read; use inferix-run, or export it in float32");
     check_files(plan);
     check_sizes(plan);
     return plan;

@@ -127,6 +127,20 @@ def test_what_the_cache_refuses(world: str, monkeypatch: pytest.MonkeyPatch, tmp
     assert refused.exit_code == 2 and "--out" in refused.stderr
 
 
+def test_the_advice_to_make_an_engine_is_given_once(
+    world: str, made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    engine = inferix.load(world, "tinyworld", device="cpu", executor="eager")
+    assert engine_cache.cache_advice(engine) is None  # the cache has one
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
+    command = ["generate", "--model", world, "--preset", "tinyworld", "--blocks", "1", "--latents-only", "--force"]
+    command += ["--device", "cpu", "--out", str(tmp_path / "out.safetensors")]
+    first, second = (CliRunner().invoke(app, command).stderr for _ in range(2))
+    assert "inferix export --cache" in first and "inferix export --cache" not in second
+    monkeypatch.setenv(VARIABLE, "off")
+    assert engine_cache.cache_advice(engine) is None
+
+
 def test_doctor_names_the_engine_that_runs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "off")
     assert VARIABLE in cached_verdict()

@@ -170,6 +170,41 @@ def test_sessions_on_an_exported_engine(preset: str, settings: dict[str, Any], t
         assert np.abs(made.frames.astype(int) - block.frames.astype(int)).max() <= 1
 
 
+INT8 = {"longlive": ({}, 1e-5), "tinyworld": ({"spec": WORLD}, 1e-3)}  # the sink's keys are rounded again as it moves
+
+
+@pytest.mark.parametrize("preset", INT8)
+def test_keys_and_values_in_int8(preset: str, tmp_path: Path) -> None:
+    """Against the model's own pages in int8, within an error below theirs; scales that are 2% off are rejected."""
+    settings, most = INT8[preset]
+    model = make_engine(preset, dtype="float32", kv_dtype="int8", **settings)
+    folder = write(model, tmp_path / "engine", kv_dtype="int8")
+    jsonschema.validate(json.loads((folder / FILE).read_text("utf-8")), json.loads(SCHEMA.read_text("utf-8")))
+    modules = modules_of(model, kv_dtype="int8")
+
+    def scaled(path: Path, factor: float) -> Callable[[Any], dict[str, Any]]:
+        def program(values: Any) -> dict[str, Any]:
+            results = modules[path.stem](values).items()
+            return {key: value * np.float32(factor) if "scale" in key else value for key, value in results}
+
+        return program
+
+    def played(factor: float) -> list[np.ndarray]:
+        stream = ExportedEngine(folder, load=partial(scaled, factor=factor)).open("a hill", 7)
+        return [stream.next_block(decode=False).latents for _ in range(5)]
+
+    inner = load_exported(folder, Limits(), {}, lambda path: modules[path.stem])
+    assert inner.config.kv_dtype == "int8"
+    with model.open(prompt_embeds=PROMPTS["a hill"], seed=7, size=SIZE) as session, inner.open("a hill", seed=7) as own:
+        expected, inside = ([block.latents.numpy() for block in each.stream(5)] for each in (session, own))
+    largest = max(np.abs(latents).max() for latents in expected)
+    errors = [
+        max(np.abs(one - other).max() for one, other in zip(latents, expected, strict=True)) / largest
+        for latents in (inside, played(1), played(1.02))
+    ]
+    assert max(errors[:2]) <= most < errors[2]
+
+
 def test_streams_begin_with_pictures(tmp_path: Path) -> None:
     """A video, and a picture that is repeated, in the runner and in Inferix; two pictures too many are left out."""
     model = make_engine("tinyworld", dtype="float32", spec=WORLD)
@@ -351,7 +386,10 @@ def test_presets_that_cannot_be_exported_are_refused_before_weights(name: str, t
 
 
 def test_bad_arguments_of_an_export(tmp_path: Path) -> None:
-    for settings, named in (({"target": "onyx"}, "onyx"), ({"dtype": "float8"}, "float8")):
+    for settings, named in (
+        ({"target": "onyx"}, "onyx"), ({"dtype": "float8"}, "float8"), ({"kv_dtype": "int4"}, "int4"),
+        ({"target": "aoti", "kv_dtype": "int8"}, "keys and values in int8"),
+    ):  # fmt: skip
         with pytest.raises(UsageError, match=named):
             export_engine("tinyworld", out=tmp_path / "engine", **settings)
 

@@ -11,7 +11,16 @@ import pytest
 import torch
 from oracles import SIZE, make_engine, remade
 from safetensors.torch import load_file
-from small_engine import PROMPTS, ROWS, SPEC, compare, compare_small, halve_small, small_engine
+from small_engine import (
+    PROMPTS,
+    ROWS,
+    SPEC,
+    compare,
+    compare_small,
+    export_small,
+    halve_small,
+    small_engine,
+)
 from typer.testing import CliRunner
 
 import inferix
@@ -52,6 +61,22 @@ def test_weights_in_float16(onnx_folder: Path, tmp_path: Path) -> None:
     switch = lambda number: session.prompt(embeds=ROWS[number])  # noqa: E731
     latents, _, _ = compare(ExportedEngine(folder, 1), session, switch, 6, [], 5)
     assert 1e-5 < latents <= 1e-2
+
+
+@pytest.mark.slow
+def test_keys_and_values_in_int8(tmp_path: Path) -> None:
+    """Files of ONNX with QuantizeLinear and DequantizeLinear, against the model's own pages in int8."""
+    import onnx
+
+    folder = export_small("onnx", tmp_path / "engine", kv_dtype="int8")
+    for name, operator in (("step", "DequantizeLinear"), ("commit", "QuantizeLinear")):
+        nodes = onnx.load(folder / f"{name}.onnx", load_external_data=False).graph.node
+        assert operator in {node.op_type for node in nodes}
+    session = small_engine(kv_dtype="int8").open(prompt_embeds=ROWS[0], seed=5, size=SIZE)
+    switch = lambda number: session.prompt(embeds=ROWS[number])  # noqa: E731
+    latents, _, _ = compare(ExportedEngine(folder, 1), session, switch, 12, [], 5)
+    print(f"latents {latents:.2e}")
+    assert latents <= 2e-3
 
 
 def test_a_weight_beyond_float16_stays_in_float32() -> None:
