@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import typer
 
-from ..errors import InferixError, UsageError, quoted
+from ..errors import InferixError, UsageError, one_line_errors, quoted
 from ..export.checkpoint import new_folder
 from ..export.engine_folder import write_engine
 from ..export.targets import TARGETS, find_target
@@ -254,6 +254,5 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(main)
-    app()
+    with one_line_errors():
+        typer.run(main)

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from ..errors import one_line_errors
 from ..models.registry import MODELS, family_of, make_preset
 from ..runtime.capacity import rank_planner
 from ..runtime.capacity.gpus import CARDS
@@ -69,4 +70,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

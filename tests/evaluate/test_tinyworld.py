@@ -19,7 +19,7 @@ QUIET = lambda message: None  # noqa: E731
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     model = write_untrained_world(tmp_path_factory.mktemp("world") / "weights")
-    return inferix.load(model, preset="tinyworld", device="cpu")
+    return inferix.load(model, preset="tinyworld", device="cpu", denoising_step_list=[1000])
 
 
 def true_pictures(engine, walk, given, seed):
@@ -115,7 +115,7 @@ def test_every_bar_is_judged_for_a_model(engine, monkeypatch):
     monkeypatch.setattr(judge, "RESTS", {"rest_10s_changed": 1, "rest_60s_changed": 3})
     for name, value in (("LONG_REST", 4), ("CIRCLES", 2), ("STRAIGHT", 4)):
         monkeypatch.setattr(judge, name, value)
-    figures, sheet = evaluation.evaluate(engine, walks=1, seeds=1, minutes=0.2)
+    figures, sheet = evaluation.evaluate(engine, walks=1, seeds=1, minutes=0.15)
     assert set(figures["passed"]) == set(evaluation.BARS)
     assert set(figures["drift"]) == set(figures["simulator_drift"]) == {*evaluation.SIGNALS, "frozen feature"}
     assert sheet.shape == (1, 10, 64, 64, 3)

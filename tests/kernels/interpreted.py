@@ -192,6 +192,28 @@ def _cast(x_ptr, out_ptr, N: tl.constexpr):
     tl.store(out_ptr + at, tl.load(x_ptr + at).to(out_ptr.dtype.element_ty))
 
 
+@triton.jit
+def _arithmetic(x_ptr, out_ptr, op: tl.constexpr):
+    x = tl.load(x_ptr)
+    if op == "add":
+        result = x + x
+    elif op == "sub":
+        result = -2 - x
+    else:
+        result = x * x
+    tl.store(out_ptr, result)
+
+
+@pytest.mark.parametrize(("op", "fits", "overflows"), [("add", 2**30 - 1, 2**30), ("sub", 2**31 - 2, 2**31 - 1),
+                                                       ("mul", 46340, 46341)])  # fmt: skip
+def test_the_repaired_interpreter_finds_overflows(op, fits, overflows):
+    out = torch.zeros(1, dtype=torch.int32)
+    _arithmetic[(1,)](torch.tensor([fits], dtype=torch.int32), out, op)
+    assert out.item() == {"add": fits + fits, "sub": -2 - fits, "mul": fits * fits}[op]
+    with pytest.raises(triton.runtime.errors.InterpreterError, match="overflows int32"):
+        _arithmetic[(1,)](torch.tensor([overflows], dtype=torch.int32), out, op)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 def test_the_repaired_interpreter_rounds_as_torch_does(dtype):
     x = torch.randn(1024, generator=torch.Generator().manual_seed(1)) * 60

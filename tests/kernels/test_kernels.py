@@ -67,14 +67,23 @@ def test_a_form_for_the_cpu_equals_the_reference(named, dtype):
             check(spec, form.load(), case, dtype)
 
 
+QUICK_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")  # compiles nothing
+
+
+@pytest.mark.parametrize(
+    "checks",
+    [QUICK_CHECKS, pytest.param((*QUICK_CHECKS, "test_aot_dispatch_dynamic"), marks=pytest.mark.slow)],
+    ids=["quick", "all"],
+)
 @pytest.mark.parametrize("spec", SPECS.values(), ids=lambda spec: spec.name)
-def test_the_op_tells_torch_the_truth_about_itself(spec):
+def test_the_op_tells_torch_the_truth_about_itself(spec, checks):
+    """The first case by all of torch's checks."""
     op = getattr(torch.ops.inferix, spec.name).default
-    for case in spec.test_cases:
+    for number, case in enumerate(spec.test_cases):
         inputs = spec.make_inputs(case, torch.float32, "cpu", 0)
         if any(torch.is_tensor(value) and value.dtype == torch.float8_e4m3fn for value in inputs.values()):
             continue  # torch's checker cannot compare FP8 itself
-        torch.library.opcheck(op, (), inputs)
+        torch.library.opcheck(op, (), inputs, **({"test_utils": checks} if number else {}))
 
 
 def test_the_ops_without_a_kernel_of_their_own_tell_the_truth_too():
@@ -89,7 +98,6 @@ def test_gelu_of_a_linear_layer_is_its_tanh_form(dtype, tolerance):
     x = torch.cat((torch.linspace(-12, 12, 501), torch.tensor([-3e4, -0.0, 3e4, 1e15, -1e15])))[:, None].to(dtype)
     result = linear_gelu.linear_gelu(x, torch.ones(1, 1, dtype=dtype), torch.zeros(1, dtype=dtype))
     torch.testing.assert_close(result, F.gelu(x, approximate="tanh"), rtol=tolerance, atol=tolerance)
-
 
 
 @pytest.mark.parametrize(("window", "sinks", "page_tokens"), CLAIMS)

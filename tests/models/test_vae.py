@@ -75,27 +75,26 @@ def test_equals_diffusers(spec, layers):
 
 @all_layers
 @SPECS
-@pytest.mark.parametrize("splits", [[1] * 6, [3, 3], [2, 1, 3], [5, 1]])
 @torch.no_grad()
-def test_decoding_in_any_split_equals_the_whole_clip(spec, splits, layers):
+def test_decoding_in_any_split_equals_the_whole_clip(spec, layers):
     vae = layers(make(spec))
-    latents = torch.randn(6, spec.z_dim, 4, 4)
+    latents = torch.randn(6, spec.z_dim, 3, 2)
     whole = vae.decode(latents, vae.new_state())
-    state = vae.new_state()
-    parts = torch.cat([vae.decode(part, state) for part in latents.split(splits)])
-    assert torch.equal(parts, whole)
+    for splits in ([1] * 6, [3, 3], [2, 1, 3], [5, 1]):
+        state = vae.new_state()
+        assert torch.equal(torch.cat([vae.decode(part, state) for part in latents.split(splits)]), whole), splits
 
 
 @all_layers
 @SPECS
-@pytest.mark.parametrize("splits", [[1, 4, 4, 4], [5, 8], [9, 4]])
 @torch.no_grad()
-def test_encoding_in_any_split_equals_the_whole_clip(spec, splits, layers):
+def test_encoding_in_any_split_equals_the_whole_clip(spec, layers):
     vae = layers(make(spec))
-    pixels = torch.rand(13, 3, 32, 32) * 2 - 1
+    pixels = torch.rand(13, 3, 48, 32) * 2 - 1
     whole = vae.encode(pixels, vae.new_state())
-    state = vae.new_state()
-    assert torch.equal(torch.cat([vae.encode(part, state) for part in pixels.split(splits)]), whole)
+    for splits in ([1, 4, 4, 4], [5, 8], [9, 4]):
+        state = vae.new_state()
+        assert torch.equal(torch.cat([vae.encode(part, state) for part in pixels.split(splits)]), whole), splits
 
 
 def plain_and_fast(spec: VaeSpec, dtype: torch.dtype, layers=use_cpu_layers) -> tuple[CausalVae, CausalVae]:
