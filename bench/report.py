@@ -191,8 +191,8 @@ def headline(result: Result) -> str:
         facts = result.facts["stream"]
         return f"{facts['fps']:.3g} FPS, {facts['real_time_factor']:.3g} times real time"
     if result.kind == "serve":
-        in_time = [row["sessions"] for row in result.facts["rows"] if not row["underruns"] and not row["refused"]]
-        return f"{max(in_time, default=0)} sessions without an underrun"
+        rows = result.facts["rows"]
+        return "late blocks: " + ", ".join(f"{row['late_blocks']} of {row['blocks']}" for row in rows)
     if result.kind == "churn":
         return f"{result.facts['growth'] / 1e6:+.0f} MB in {result.settings['minutes']:g} minutes"
     return f"{len(result.facts.get('rows', result.series))} timings"

@@ -112,8 +112,8 @@ async def view(url: str, token: str | None, seconds: float, prompt: str, seed: i
                         viewed.intervals.append(now - last)
                     last = now
                     viewed.control_to_pixel += [now - sent for sent in shown.pop(block, [])]
-                if blocks == SETTLE:
-                    player = Player(opened["media"]["fps"])
+                    if blocks == SETTLE:
+                        player = Player(opened["media"]["fps"])
                 player.add(now, pictures)
                 viewed.frames += pictures
                 continue

@@ -312,9 +312,8 @@ def serve(
         if out is not None:
             write_result(result, out)
         return print_churn(result.facts, as_json)
-    result = bench.run(
-        url, [*arguments, f"--sessions={sessions}"], sessions, seconds, prompt, media, secret, console.print
-    )
+    options = ["--queue=0", *arguments, f"--sessions={sessions}"]
+    result = bench.run(url, options, sessions, seconds, prompt, media, secret, console.print)
     if out is not None:
         write_result(result, out)
     rows = result.facts["rows"]

@@ -130,15 +130,17 @@ def serve(
     check_settings(ctx, chosen)
     limits = parse_settings(limit)
 
-    from ..models.registry import default_model
-    from ..runtime.byte_sizes import parse_bytes
-    from ..runtime.load import load
-    from ..serve.app import Server
-    from ..serve.engine_host import engine_limits
-    from ..serve.heap import freeze, limit_arenas
-    from ..serve.server import address_of, listen
-    from ..serve.server import serve as run
-    from ..serve.settings import ServeSettings, check_limits, read_token
+    from ..serve.heap import freeze, limit_arenas, uncollected
+
+    with uncollected():
+        from ..models.registry import default_model
+        from ..runtime.byte_sizes import parse_bytes
+        from ..runtime.load import load
+        from ..serve.app import Server
+        from ..serve.engine_host import engine_limits
+        from ..serve.server import address_of, listen
+        from ..serve.server import serve as run
+        from ..serve.settings import ServeSettings, check_limits, read_token
 
     own: dict[str, Any] = {
         "sessions": sessions, "queue": queue, "behind": behind, "checkpoint_every": checkpoint_every
@@ -170,12 +172,13 @@ def serve(
     with ExitStack() as stack:
         listener = stack.enter_context(listen(host, port, rules.token))
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inferix-serve-")))
-        engine = load(
-            **({} if exported is not None else given), engine=exported, offline=offline, force=force,
-            size=None if size is None else parse_size(size),
-            limits=engine_limits(rules, None if memory is None else parse_bytes(memory)),
-            rewind_blocks=rewind_blocks, **chosen,
-        )  # fmt: skip
+        with uncollected():
+            engine = load(
+                **({} if exported is not None else given), engine=exported, offline=offline, force=force,
+                size=None if size is None else parse_size(size),
+                limits=engine_limits(rules, None if memory is None else parse_bytes(memory)),
+                rewind_blocks=rewind_blocks, **chosen,
+            )  # fmt: skip
         if exported is None:
             note_cached(engine)
         if engine.spec.condition_channels and image is None:  # of a name of the hub

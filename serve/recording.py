@@ -133,34 +133,36 @@ class Recordings:
         self.folder, self.running, self.kept, self.seconds = folder, running, kept, seconds
         self.push_to = push_to
         self.open: dict[str, Recording] = {}
-        self.trimming = threading.Lock()  # pictures are written by threads
+        self.changing = threading.RLock()  # held while a folder is made and filled: others may be removing old ones
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, form: Literal["mp4", "hls"], fps: float, size: tuple[int, int]) -> Recording:
         """Begin a recording; Refusal where there are too many, or pictures that no video can have."""
         self._check(size)
-        self.trim()
         id = secrets.token_hex(16)
         place = self.folder / id
-        place.mkdir()
         name = "video.mp4" if form == "mp4" else "index.m3u8"
-        sink: Sink = VideoWriter(place / name, fps, size) if form == "mp4" else hls_writer(place, fps, size)
-        return self._add(Recording(id, f"/v1/recordings/{id}/{name}", place, sink, round(self.seconds * fps)))
+        with self.changing:
+            self.trim()
+            place.mkdir()
+            sink: Sink = VideoWriter(place / name, fps, size) if form == "mp4" else hls_writer(place, fps, size)
+            return self._add(Recording(id, f"/v1/recordings/{id}/{name}", place, sink, round(self.seconds * fps)))
 
     def snapshot(self, picture: Frames) -> tuple[str, int]:
         """Write a picture [H, W, 3] to a folder of its own; returns its url and its bytes."""
         from PIL import Image
 
-        self.trim()
         id = secrets.token_hex(16)
         path = self.folder / id / "picture.png"
-        path.parent.mkdir()
-        try:
-            Image.fromarray(picture).save(path)
-        except OSError as error:
-            shutil.rmtree(path.parent, ignore_errors=True)
-            raise InferixError(f"the picture could not be written: {one_line(error)}; free some space") from error
-        return f"/v1/recordings/{id}/{path.name}", path.stat().st_size
+        with self.changing:
+            self.trim()
+            path.parent.mkdir()
+            try:
+                Image.fromarray(picture).save(path)
+            except OSError as error:
+                shutil.rmtree(path.parent, ignore_errors=True)
+                raise InferixError(f"the picture could not be written: {one_line(error)}; free some space") from error
+            return f"/v1/recordings/{id}/{path.name}", path.stat().st_size
 
     def push(self, address: str, fps: float, size: tuple[int, int]) -> Recording:
         """Begin to send pictures to an RTMP server; Refusal for an address that is not allowed."""
@@ -202,7 +204,7 @@ class Recordings:
 
     def trim(self) -> None:
         """Remove the oldest finished recordings beyond `kept`."""
-        with self.trimming:
+        with self.changing:
             finished = [place for place in self.folder.iterdir() if place.is_dir() and place.name not in self.open]
             finished.sort(key=lambda place: place.stat().st_mtime)
             for place in finished[: max(0, len(finished) + 1 - self.kept)]:

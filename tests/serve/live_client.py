@@ -32,12 +32,14 @@ def small_engine(settings: ServeSettings, rewind_blocks: int = 4, num_steps: int
 
 
 @contextmanager
-def serving(settings: ServeSettings, folder: Path, engine: Engine | None = None) -> Iterator[Served]:
-    """A running server; it is drained at the end."""
+def serving(
+    settings: ServeSettings, folder: Path, engine: Engine | None = None, with_engine: bool = False
+) -> Iterator[Served]:
+    """A running server; it is drained at the end. with_engine: it ends once its engine has ended."""
     server = Server(engine or small_engine(settings), settings, folder)
     listener = listen("127.0.0.1", 0, settings.token)
     ready = threading.Event()
-    runner = DrainingServer(make_config(server), server, ready.set)
+    runner = DrainingServer(make_config(server), server, ready.set, with_engine)
     thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

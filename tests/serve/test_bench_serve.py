@@ -5,6 +5,7 @@ import asyncio
 from live_client import PROMPT, serving
 
 from inferix.bench import churn
+from inferix.bench import serve as bench
 from inferix.bench.machine import environment
 from inferix.bench.report import write_report
 from inferix.bench.result import read_result, write_result
@@ -25,7 +26,8 @@ def test_quantiles_are_values_that_were_measured():
     assert quantiles([3.0]) == {"p50": 3.0, "p95": 3.0, "p99": 3.0}
 
 
-def test_sessions_are_measured_until_one_is_refused(tmp_path):
+def test_sessions_are_measured_until_one_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "SETTLE", 1)
     with serving(ServeSettings(sessions=1, queue=0), tmp_path) as served:
         one = asyncio.run(step(served.url, None, 2, 4.0, PROMPT, "raw"))
     measured = row(one)

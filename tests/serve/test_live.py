@@ -1,9 +1,12 @@
 """The live protocol: sessions, receipts, forks, rewinds, saved worlds, coming back, slow viewers and the end."""
 
 import asyncio
+import gc
 import json
+import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -16,6 +19,7 @@ from live_client import PROMPT, WAIT, Client, serving, small_engine
 from safetensors.torch import save_file
 
 from inferix.runtime.sessions.session_file import NOTE
+from inferix.serve.heap import freeze, limit_arenas
 from inferix.serve.outbox import Outbox
 from inferix.serve.protocol import MEDIA
 from inferix.serve.settings import ServeSettings
@@ -208,6 +212,48 @@ def test_sessions_of_gone_clients_free_their_memory(tmp_path):
         gauges = engine.metrics()["gauges"]
         assert gauges["pages_in_use"] == gauges["reserved_bytes"] == 0
     engine.check_integrity()
+
+
+def codecs():
+    """PyAV's codecs of this process."""
+    return sum(type(one).__name__ == "VideoCodecContext" for one in gc.get_objects())
+
+
+@pytest.mark.parametrize("media", ["h264", "fmp4"])
+def test_an_encoder_is_freed_without_the_collector(served, media):
+    """A codec's memory is none of Python's, whose collector may run much later."""
+    gc.collect()
+    before = codecs()
+
+    async def watch():
+        async with served.connect() as socket, Client(socket) as client:
+            await client.open(media=[media])
+            await client.until("state")
+            assert codecs() > before
+            await client.send("stop")
+            await client.until("ended")
+
+    gc.disable()
+    try:
+        asyncio.run(watch())
+        deadline = time.monotonic() + WAIT
+        while codecs() > before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert codecs() == before
+    finally:
+        gc.enable()
+
+
+def test_the_heap_of_a_server_has_few_parts_and_nothing_old(monkeypatch):
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    assert limit_arenas() == (platform.libc_ver()[0] == "glibc")
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
+    assert not limit_arenas()
+    freeze()
+    try:
+        assert gc.get_freeze_count() > len(gc.get_objects(generation=2))
+    finally:
+        gc.unfreeze()
 
 
 def test_a_stopped_server_drains_and_saves(tmp_path):

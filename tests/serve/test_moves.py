@@ -8,8 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -255,6 +257,62 @@ def started(folder, shared, every=2, options=("--set", "num_steps=1")):
     finally:
         process.kill()
         process.wait(WAIT)
+
+
+@pytest.mark.parametrize("drained", [True, False])
+def test_only_an_engine_that_ends_by_itself_is_lost(tmp_path, drained):
+    """What is lost is started again; a server that is stopped is not, though its engine ends meanwhile."""
+    with serving(ServeSettings(), tmp_path, with_engine=True) as served:
+        if drained:
+            served.runner.request_drain()
+        served.server.host.engine.halt()
+        deadline = time.monotonic() + WAIT
+        while not served.runner.should_exit and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert served.runner.lost is not drained
+
+
+def test_servers_are_asked_for_their_numbers_while_clients_hold_all_downloads(monkeypatch):
+    """Two clients have every connection for what is passed on; the router still knows its server."""
+    monkeypatch.setattr("inferix.serve.router.PASSED_AT_A_TIME", 2)
+    over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        """Numbers at once, and files that do not end."""
+
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            numbers = facts().model_dump_json().encode() if self.path.startswith("/v1/replica") else None
+            self.send_response(200)
+            self.send_header("Content-Length", str(1000 if numbers is None else len(numbers)))
+            self.end_headers()
+            self.wfile.write(numbers or b"x")
+            if numbers is None:
+                self.wfile.flush()
+                over.wait(WAIT)
+                self.close_connection = True
+
+        def log_message(self, *_):
+            pass
+
+    with ExitStack() as stack:
+        server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=server.serve_forever).start()
+        stack.callback(server.shutdown)
+        stack.callback(over.set)
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        router, address = stack.enter_context(routing(url))
+        http = stack.enter_context(httpx.Client(timeout=WAIT))
+        for _ in range(2):
+            held = stack.enter_context(http.stream("GET", f"{address}/v1/recordings/{'0' * 32}/video.mp4"))
+            assert held.status_code == 200
+        router.replicas = {}
+        deadline = time.monotonic() + WAIT
+        while url not in router.replicas and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert url in router.replicas
+        over.set()
 
 
 @pytest.mark.slow

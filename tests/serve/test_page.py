@@ -208,9 +208,11 @@ def test_the_page_makes_a_world_from_the_camera_and_goes_back(page, served):
     """The pictures of a strength near 0 are those of the browser's fake camera, which is green."""
     pytest.importorskip("aiortc")
     enter(page, f"{served.url}/?strength=0.05")
-    first = page.evaluate("() => inferix.active().world.facts.session")
-    page.click("#camera")
+    first, offers = page.evaluate("() => inferix.active().world.facts.session"), []
+    page.on("request", lambda request: offers.append(request.url) if "/v1/whip" in request.url else None)
+    page.dblclick("#camera")  # the second click comes while the browser asks for the camera
     wait_for(page, "inferix.active().last && inferix.active().last.latency > 0")
+    assert len(offers) == 1 and page.get_attribute("#camera", "aria-pressed") == "true"
     wait_for(page, "inferix.active().blocks.length > 1")
     colour = page.evaluate("""() => {
         const { canvas } = inferix.active(), { width, height } = canvas;

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import av
 import httpx
+import numpy as np
 import pytest
 from live_client import Client, serving
 from PIL import Image
@@ -134,6 +135,13 @@ def test_a_session_is_pushed_to_nginx_which_makes_hls_of_it(tmp_path):
 def test_files_of_recordings_are_no_paths(served, name):
     answer = httpx.get(f"{served.url}/v1/recordings/{'0' * 32}/{name}")
     assert answer.status_code in (404, 422) and set(answer.json()) == {"error"}
+
+
+def test_pictures_of_two_threads_remove_each_other_only_when_they_are_whole(tmp_path):
+    recordings, picture = Recordings(tmp_path / "recordings", 1, 1, 60.0), np.zeros((8, 8, 3), np.uint8)
+    with ThreadPoolExecutor(2) as pool:
+        sizes = [size for _, size in pool.map(recordings.snapshot, [picture] * 40)]
+    assert min(sizes) > 0 and len(list(recordings.folder.iterdir())) == 1
 
 
 def test_old_recordings_make_room(tmp_path):
