@@ -56,7 +56,7 @@ from .options import (
     check_settings,
     check_start,
     counted,
-    note_cached,
+    note_choices,
     parse_forms,
     parse_settings,
     parse_size,
@@ -504,7 +504,7 @@ def generate(
         prompt = default_prompt(exported) if prompt is None and prompt_embeds is None else prompt
     else:
         engine = load(model, preset=preset, device=device, dtype=dtype, **parts, **overrides)
-        note_cached(engine)
+        note_choices(engine)
     if engine.parts.form == "random":
         message = f"{model} has random, untrained weights: the picture is noise; --model takes a checkpoint"
         console.print(message, highlight=False, soft_wrap=True)
