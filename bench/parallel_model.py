@@ -14,8 +14,8 @@ from ..errors import one_line_errors
 from ..models.registry import MODELS, family_of, make_preset
 from ..runtime.capacity import rank_planner
 from ..runtime.capacity.gpus import CARDS
+from ..runtime.capacity.links import LINKS, Link, read_link
 from ..runtime.capacity.planner import Ceiling, Workload
-from ..runtime.capacity.rank_planner import LINKS, Link, read_link
 
 ROWS = (
     ("wan-1.3b", "self-forcing"), ("wan-1.3b", "longlive"), ("wan-14b", "self-forcing"), ("wan-14b", "krea"),

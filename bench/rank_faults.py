@@ -2,7 +2,7 @@
 
 `python -m inferix.bench.rank_faults --ranks 4` starts a world of the untrained `wan-ranks` on processes of the CPU for
 each fault: a rank is killed, stopped (it hangs), or made to fail at a plan. Rank 0 has a process of its own, of which
-nobody is left to see an error; it may be stopped by a signal, too.
+nobody is left to see an error once it has ended; where it is stopped, the other ranks report it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -87,6 +88,31 @@ def ended(ranks: int, timeout: float, parallel: str, number: signal.Signals) -> 
         return left_after([process.pid, *pids], time.monotonic())
 
 
+def stopped(ranks: int, timeout: float, parallel: str) -> tuple[str, float, int]:
+    """Error, seconds to the end of the other ranks, and processes left where rank 0 is stopped in a stream.
+
+    Rank 0 goes on after that, and has to end as well.
+    """
+    command = [sys.executable, "-c", WORLD.format(ranks=ranks, timeout=timeout, parallel=parallel)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) == ranks - 1 and process.stdout.readline() == "\n"
+        guard = threading.Timer(timeout + ENDS, process.kill)
+        guard.start()
+        process.send_signal(signal.SIGSTOP)
+        begun = time.monotonic()
+        try:
+            message = next((line.strip() for line in process.stderr if "rank 0" in line), "none")
+            seconds, left = left_after(pids, begun)
+        finally:
+            process.send_signal(signal.SIGCONT)
+            guard.cancel()
+        _, errors = process.communicate(timeout=ENDS)
+        assert RankFailed.__name__ in errors, errors
+        return message, seconds, left + is_alive(process.pid)
+
+
 def failed_alone(engine: Engine) -> tuple[str, float, int]:
     """Error, seconds and processes left where rank 0 fails in the middle of a pass that the other ranks run."""
 
@@ -121,6 +147,8 @@ def table(ranks: int, timeout: float, parallel: str) -> Iterator[str]:
     for name, number in ENDINGS.items():
         seconds, left = ended(ranks, timeout, parallel, number)
         yield f"| {name} | 0 | | {seconds:.1f} | {left} |"
+    message, seconds, left = stopped(ranks, timeout, parallel)
+    yield f"| stopped | 0 | {message} | {seconds:.1f} | {left} |"
     message, seconds, left = failed_alone(world(ranks, timeout, parallel))
     yield f"| fails | 0 | {message} | {seconds:.1f} | {left} |"
     for name, fault in FAULTS.items():

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 from ..errors import UsageError, nearest, quoted
-from ..runtime.capacity.rank_planner import LINKS
+from ..runtime.capacity.links import LINKS
 
 TILE = (128, 256)  # rows and columns of a matrix product that a multiprocessor computes at once
 

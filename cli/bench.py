@@ -164,7 +164,8 @@ def block(
         [], metavar="NAME", help=f"{EXECUTOR_NAMES}; repeatable.  [default: all that can run]"
     ),
     baseline: list[str] = typer.Option(
-        [], metavar="NAME",
+        [],
+        metavar="NAME",
         help="plain, compiled, diffusers or none; repeatable.  [default: plain; compiled on a GPU, diffusers on a CPU]",
     ),
     rounds: int = typer.Option(3, help="Streams of each candidate, interleaved."),
@@ -326,24 +327,39 @@ def serve(
 @app.command(cls=Command)
 def parallel(
     gpus: int = typer.Option(2, min=2, metavar="N", help="GPUs between which to measure, or processes of a CPU."),
+    model: str | None = typer.Option(None, help="Measure blocks of this model, too, in every layout."),
+    preset: str | None = PRESET,
+    size: str | None = SIZE,
+    blocks: int = typer.Option(5, min=1, help="With --model: blocks of each layout that are timed."),
     device: str | None = DEVICE,
-    out: Path | None = typer.Option(None, help="JSON file for inferix plan --link FILE."),
+    settings: list[str] = SETTINGS,
+    out: Path | None = typer.Option(None, help="JSON file for inferix plan --link FILE, and --measured FILE."),
     as_json: bool = JSON,
 ) -> None:
-    """Measure bandwidth and latency between GPUs, by the collectives that passes use.
+    """Measure bandwidth and latency between GPUs by the collectives that passes use, and blocks in every layout.
 
-    With the file the planner of several GPUs takes these figures in place of assumed ones. Under torchrun, run it on
-    the machines and with the ranks that are to be planned.
+    With the file the planner of several GPUs takes these figures in place of assumed ones: those of the link by
+    inferix plan --link, and with --model those of blocks by inferix plan --measured or load(measured=). Under torchrun,
+    which measures the link alone, run it on the machines and with the ranks that are to be planned.
 
     Example: inferix bench parallel --gpus 2 --device cpu
 
     On GPUs: inferix bench parallel --gpus 8 --out link.json
+
+    Layouts: inferix bench parallel --gpus 8 --model wan-1.3b --preset longlive --out table.json
     """
-    from ..bench import rank_links
+    from ..bench import rank_layouts, rank_links
 
     if out is not None:
         check_out(out, {})
-    result = rank_links.measure(gpus, device, Console(stderr=True).print)
+    log, own = Console(stderr=True).print, parse_settings(settings)
+    if model is None and (given := [flag for flag, one in (("--preset", preset), ("--size", size)) if one is not None]):
+        raise UsageError(f"{given[0]} is for the blocks of a model; give --model, too")
+    result: dict[str, Any] = {}
+    if model is not None:
+        pictures = parse_size(size) if size else None
+        result |= rank_layouts.measure(model, preset, gpus, device, pictures, blocks, own, log)
+    result |= rank_links.measure(gpus, device, log)
     if out is not None:
         rank_links.write(result, out)
     if as_json:

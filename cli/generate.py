@@ -57,7 +57,7 @@ from .options import (
     check_settings,
     check_start,
     counted,
-    note_cached,
+    note_choices,
     parse_forms,
     parse_settings,
     parse_size,
@@ -505,7 +505,7 @@ def generate(
         prompt = default_prompt(exported) if prompt is None and prompt_embeds is None else prompt
     else:
         engine = load(model, preset=preset, device=device, dtype=dtype, **parts, **overrides)
-        note_cached(engine)
+        note_choices(engine)
         advise_cached(engine)
     if engine.parts.form == "random":
         message = f"{model} has random, untrained weights: the picture is noise; --model takes a checkpoint"

@@ -29,7 +29,7 @@ EXECUTOR = typer.Option(
 GPUS = typer.Option(
     None, metavar="N", help="GPUs for a pass, or processes with --device cpu.  [default: 1, or torchrun's ranks]"
 )
-PARALLEL = typer.Option(None, help=f"Layout over --gpus: {', '.join(LAYOUTS)}.  [default: auto, the first that fits]")
+PARALLEL = typer.Option(None, help=f"Layout over --gpus: {', '.join(LAYOUTS)}.  [default: auto, as inferix plan]")
 PRESET = typer.Option(
     None, help="Decoding scheme: a name, or a .yaml file.  [default: the model's own, or self-forcing]"
 )
@@ -95,8 +95,10 @@ def ranks_of_launcher() -> int | None:
     return None if place is None else place.ranks
 
 
-def note_cached(engine: Engine) -> None:
-    """Print which engine of the cache runs in place of the model, if one does."""
+def note_choices(engine: Engine) -> None:
+    """Print which engine of the cache runs in place of the model, and why ranks have the layout that was chosen."""
+    if engine.layout_reason is not None:
+        typer.echo(f"--parallel auto: {engine.layout_reason}", err=True)
     if engine.config.engine is not None:
         note = f"running the cached engine {engine.config.engine} (--executor eager runs the model itself)"
         typer.echo(note, err=True)

@@ -26,6 +26,9 @@ def plan(
     gpu: str | None = typer.Option(None, help=f"A known card, for memory and speed: {', '.join(CARDS)}."),
     gpus: int | None = typer.Option(None, metavar="N", help="Compare the layouts of this many GPUs; needs --gpu."),
     link: str = typer.Option("nvlink", help="Link between GPUs: nvlink, pcie, or a JSON file of a measured one."),
+    measured: Path | None = typer.Option(
+        None, help="With --gpus: file of inferix bench parallel --model, whose times replace predicted ones."
+    ),
     goal: str = typer.Option("latency", help="With --gpus: latency of one stream, or throughput of all."),
     sessions: int = typer.Option(1, help="Streams at a time."),
     dtype: str = typer.Option("bfloat16", help="Of weights and activations: float32, bfloat16, float16."),
@@ -78,7 +81,7 @@ def plan(
         if budget is None:
             raise UsageError(f"--gpus is {gpus} without a card; give --gpu, one of {', '.join(CARDS)}")
         facts["ranks"] = report.describe_ranks(
-            load, gpus, budget, report.ceiling(card, tflops, bandwidth, load.dtype), link, goal
+            load, gpus, budget, report.ceiling(card, tflops, bandwidth, load.dtype), link, goal, measured, gpu
         )
     if as_json:
         typer.echo(json.dumps(facts))

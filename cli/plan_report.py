@@ -21,6 +21,8 @@ from ..models.registry import default_preset, family_of, find_spec, make_preset
 from ..runtime.byte_sizes import format_bytes, parse_bytes
 from ..runtime.capacity import planner, rank_planner
 from ..runtime.capacity.gpus import CARDS, Card
+from ..runtime.capacity.links import read_link
+from ..runtime.capacity.measured_layouts import read_measured
 from ..runtime.capacity.planner import Ceiling, Workload
 from ..runtime.config import DTYPES, check_choice
 from ..runtime.executor_specs import default_executor, executor_spec
@@ -193,7 +195,8 @@ def describe_batches(load: Workload, budget: int | None, top: Ceiling | None) ->
 
 
 def describe_ranks(
-    load: Workload, gpus: int, budget: int, top: Ceiling | None, link: str, goal: str
+    load: Workload, gpus: int, budget: int, top: Ceiling | None, link: str, goal: str, measured: Path | None,
+    card: str | None,
 ) -> dict[str, Any]:
     """Return the layouts of several GPUs with predicted times, the choice and its reason, as plain values."""
     if not 1 <= gpus <= MOST_RANKS:
@@ -201,11 +204,14 @@ def describe_ranks(
     check_choice("--goal", goal, rank_planner.GOALS)
     if top is None:
         raise UsageError(f"--dtype is {quoted(load.dtype)}, for which --gpu has no figure; give --tflops too")
-    between = rank_planner.read_link(link)
-    options = list(rank_planner.plans(load, gpus, budget, top, between))
+    between = read_link(link)
+    times = None if measured is None else read_measured(str(measured))
+    if times is not None:
+        times.check(load, card=None if card is None else known_card(card).name)
+    options = list(rank_planner.plans(load, gpus, budget, top, between, times))
     best, reason = rank_planner.choose(options, goal)
     return {
-        "kind": "model: stated constants, not measured",
+        "kind": "model: stated constants, not measured" + ("" if times is None else f"; blocks of {times.file} are"),
         "assumed_efficiency": rank_planner.EFFICIENCY,
         "link": asdict(between),
         "goal": goal,
@@ -246,6 +252,7 @@ def ranks_table(facts: dict[str, Any]) -> Table:
         name += ", shard_weights" if one["shard_weights"] else ""
         mark = "*" if number == facts["chosen"] else ""
         times = [f"{one[part]:.1f}" for part in ("per_pass", "computing", "sending", "waiting", "decoding", "block")]
+        times[-1] += "" if one["measured"] is None else " measured"
         memory, fits = f"{one['memory'] / 1e9:.1f}", "yes" if one["fits"] else "no"
         table.add_row(name + mark, str(one["replicas"]), memory, fits, *times, f"{one['fps']:.1f}")
     return table

@@ -42,7 +42,7 @@ from .options import (
     check_beside_engine,
     check_start,
     known_spec,
-    note_cached,
+    note_choices,
     ranks_of_launcher,
 )
 from .terminal import Layout, check_size, check_terminal, draw, has_true_colour, layout
@@ -478,7 +478,7 @@ def play(
         check_start(named, preset, {"--image": image})
         parts: dict[str, Any] = {"base": base, "device": device, "executor": executor or AUTO, "graphs": graphs}
         engine = load(named, preset=preset, **parts, **ranks, **checks)
-        note_cached(engine)
+        note_choices(engine)
         advise_cached(engine)
     has_camera = engine.spec.camera_channels is not None
     if not engine.spec.actions and not has_camera:

@@ -26,7 +26,7 @@ from .options import (
     check_nvtx,
     check_settings,
     check_start,
-    note_cached,
+    note_choices,
     parse_settings,
     parse_size,
     ranks_of_launcher,
@@ -180,7 +180,7 @@ def serve(
                 rewind_blocks=rewind_blocks, **chosen,
             )  # fmt: skip
         if exported is None:
-            note_cached(engine)
+            note_choices(engine)
         if engine.spec.condition_channels and image is None:  # of a name of the hub
             raise UsageError(f"{quoted(engine.parts.source)} begins with an image, and there is none; give --image")
         if nvtx:

@@ -50,11 +50,11 @@ class EngineConfig:
     measured batch times. drift_meter: blocks' records have the drift of their pictures. engine: folder of an exported
     engine, whose programs run in place of the model. kernels: form by op, such as {"block_attention": "sdpa"}; also one
     that was registered, or FILE.py:FUNCTION. gpus: ranks that share each pass. parallel: their layout, a name
-    of `LAYOUTS`, or auto. shard_weights: ranks of a pass divide the large matrices, and gather each when its layer
-    runs. shard_decoder: ranks decode some columns of each picture; False: rank 0 decodes beside the next block; None:
-    as the decoder allows. rank_timeout: seconds after which a rank that does not answer counts as hung.
-    camera_layers: what depends on a camera alone is computed once per `block` and kept, or in every `pass`, which needs
-    less memory.
+    of `LAYOUTS`, or auto, the planner's choice; measured: JSON file of times of layouts, for auto. shard_weights: ranks
+    of a pass divide the large matrices, and gather each when its layer runs. shard_decoder: ranks decode some columns
+    of each picture; False: rank 0 decodes beside the next block; None: as the decoder allows. rank_timeout: seconds
+    after which a rank that does not answer counts as hung. camera_layers: what depends on a camera alone is computed
+    once per `block` and kept, or in every `pass`, which needs less memory.
     """
 
     model: str
@@ -86,6 +86,7 @@ class EngineConfig:
     kernels: Mapping[str, str] = field(default_factory=dict)
     gpus: int = 1
     parallel: str = AUTO
+    measured: str | None = None
     shard_weights: bool = False
     shard_decoder: bool | None = None
     rank_timeout: float = 60.0
@@ -137,6 +138,11 @@ class EngineConfig:
 
     def _check_ranks(self) -> None:
         """UsageError for settings that several ranks do not have."""
+        if self.measured is not None and (self.gpus == 1 or self.parallel != AUTO):
+            raise UsageError(
+                f"measured is {quoted(self.measured)} with gpus={self.gpus} and parallel={self.parallel}, where there "
+                f"is nothing to choose; give gpus, 2 or more, with parallel={AUTO}, or leave measured out"
+            )
         if self.gpus == 1:
             for key in ("shard_weights", "shard_decoder"):
                 if getattr(self, key):
@@ -226,7 +232,7 @@ COERCIONS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("preset", "device", "dtype", "executor", "checkpoint_format"), text),
     **dict.fromkeys(("precision", "kv_dtype", "lowp", "camera_layers"), text),
     **dict.fromkeys(("model", "base", "vae", "text_encoder", "lora", "fast_vae"), path_text),
-    **dict.fromkeys(("graphs", "batches", "engine", "names"), path_text),
+    **dict.fromkeys(("graphs", "batches", "engine", "names", "measured"), path_text),
     **dict.fromkeys(("use_ema", "lora_partial", "kv_offload", "drift_meter", "shard_weights", "shard_decoder"), flag),
     **dict.fromkeys(("lowp_layers", "lowp_keep"), patterns),
     "lora_scale": number,

@@ -120,6 +120,7 @@ class Engine:
         )
         self.loop = BlockLoop(self.resources, self.manager.split_batches)
         self.profile: Profile | None = None
+        self.layout_reason: str | None = None  # of the planner, where it chose the layout of the ranks
         if config.batches is not None:
             for size, times in read_profiles(Path(config.batches), self.timed_on).items():
                 self.follow_times(size, times)

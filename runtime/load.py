@@ -55,9 +55,10 @@ def load(
     are to come; one that the text encoder takes only in part is refused before weights are read.
 
     gpus: ranks that share each pass; those beside this process are started, or joined under torchrun. parallel: their
-    layout, such as `ulysses` or `pass-q`; `auto` takes the first that fits. shard_weights: they divide the weights.
-    shard_decoder: they decode some columns of each picture, as they do without it where the decoder allows. On the CPU
-    a rank is a process. What one of them fails at is a RankFailed that names it, `rank_timeout` seconds after
+    layout, such as `ulysses` or `pass-q`; `auto` takes the choice of `inferix plan --gpus` for one world of all ranks,
+    by the times of the file `measured` where there is one (`Engine.layout_reason`). shard_weights: they divide the
+    weights. shard_decoder: they decode some columns of each picture, as they do without it where the decoder allows. On
+    the CPU a rank is a process. What one of them fails at is a RankFailed that names it, `rank_timeout` seconds after
     it hangs at the latest. Under torchrun the call returns on rank 0 alone; the others serve it until it ends.
 
     engine: a folder that `inferix export` wrote. Its programs run in place of a model, with its preset, size and dtype;
@@ -106,11 +107,14 @@ def load(
         parts = load_parts(config, scheme, preset, start, offline, text_prompts, prompts)
         check_tiny_decoder(scheme, not parts.vae.spec.encodes)
         assert start.world is not None
+        config = start.config  # with the chosen layout
         worker = start.world.worker(config, scheme, parts)
     except BaseException:
         start.close()
         raise
-    return Engine(config, scheme, parts, limits, worker=worker)
+    ranked = Engine(config, scheme, parts, limits, worker=worker)
+    ranked.layout_reason = start.reason
+    return ranked
 
 
 def check_tiny_decoder(preset: Preset, tiny: bool) -> None:

@@ -7,6 +7,7 @@ beyond that.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -44,3 +45,10 @@ CARDS: dict[str, Card] = {
         Card("b200", (10, 0), 180, 2250, 7700),
     )
 }
+
+
+def card_named(device: str) -> Card | None:
+    """The known card of a device's name, such as `NVIDIA H100 PCIe`; None for any other device."""
+    words = set(re.split(r"[\s_-]+", device.lower()))
+    known = [card for card in CARDS.values() if words.issuperset(card.name.split("-"))]
+    return max(known, key=lambda card: card.name.count("-"), default=None)

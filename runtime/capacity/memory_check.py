@@ -12,7 +12,6 @@ from ...errors import UsageError
 from ...graphs.shards import ALONE, Shard
 from ...models.decoder import DecoderSpec
 from ...models.spec import ModelSpec
-from ...schemes.layouts import choose_layout
 from ...schemes.page_needs import page_needs
 from ...schemes.presets import Preset
 from ..byte_sizes import format_bytes
@@ -21,7 +20,8 @@ from . import costs, planner
 from .available_memory import Available, available_memory
 from .costs import ITEMSIZE
 from .planner import Suggestion, Workload
-from .rank_planner import decoder_ranks, divided_of, rank_memory
+from .rank_choice import RankChoice, choose_ranks
+from .rank_planner import decoder_ranks, rank_memory
 
 MOST_SUGGESTIONS = 4
 
@@ -58,9 +58,9 @@ class MemoryCheck:
             return ALONE
         total = planner.needed(load) + self.more_bytes(load, fast)
         if (gpus := self.config.gpus) > 1:
-            grid = choose_layout(divided_of(load), gpus, self.config.parallel)
+            choice = self.choice(spec, decoder, text, fast)
             decoders = decoder_ranks(spec, load.size, gpus, self.config.shard_decoder)
-            total = rank_memory(load, grid, self.sessions, self.config.shard_weights, decoders)
+            total = rank_memory(load, choice.grid, self.sessions, choice.shard_weights, decoders)
             total += self.more_bytes(load, fast)
             total *= gpus if device.type == "cpu" else 1  # processes share the memory of the machine
         self.compare(load, total, available_memory(device))
@@ -68,6 +68,14 @@ class MemoryCheck:
             weights = len(self.preset.weight_sets) * costs.transformer_bytes(spec, load.dtype)
             self.compare(load, weights, available_memory(torch.device("cpu")))
         return ALONE
+
+    def choice(self, spec: ModelSpec, decoder: DecoderSpec, text: int, fast: DecoderSpec | None) -> RankChoice:
+        """The layout of the ranks, within the memory that each has."""
+        load, device = self.workload(spec, decoder, text), torch.device(self.config.device)
+        available = available_memory(device)
+        shares = self.config.gpus if device.type == "cpu" else 1
+        memory = None if available is None else available.count // shares - self.more_bytes(load, fast)
+        return choose_ranks(self.config, load, memory)
 
     def workload(self, spec: ModelSpec, decoder: DecoderSpec, text: int) -> Workload:
         """Workload for the planner; a stream that keeps every frame counts with its first window."""

@@ -9,13 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from ...errors import UsageError, nearest, quoted
+from ...errors import UsageError
 from ...graphs.passes import Pass
 from ...graphs.shards import Shard
 from ...graphs.tiles import shares
-from ...models.files import parse_json
 from ...models.registry import family_of
 from ...models.spec import ModelSpec
 from ...models.weight_shards import part_of
@@ -25,43 +23,12 @@ from ...schemes.layouts import LAYERS, Divided, PassShape, RankGrid, bytes_sent,
 from ...schemes.page_needs import least_pages
 from . import costs, planner
 from .costs import ITEMSIZE
+from .links import Link
+from .measured_layouts import MeasuredLayouts
 from .planner import Ceiling, Workload
 
 EFFICIENCY = 0.627  # share of the maker's figure that passes reach: 620 of 989 TFLOP/s on one GPU
 GOALS = ("latency", "throughput")
-
-
-@dataclass(frozen=True)
-class Link:
-    """bandwidth: GB/s that a GPU sends. latency: microseconds of a collective. source: where they are from."""
-
-    bandwidth: float
-    latency: float
-    source: str
-
-
-LINKS = {
-    "nvlink": Link(300, 15, "nvlink, assumed"),
-    "pcie": Link(20, 30, "pcie, assumed"),
-}
-
-
-def read_link(name: str) -> Link:
-    """A link by name, or of a JSON file with `bandwidth` (GB/s) and `latency` (us); UsageError for anything else."""
-    if name in LINKS:
-        return LINKS[name]
-    path = Path(name)
-    if not path.is_file():
-        raise UsageError(f"link is {quoted(name)}{nearest(name, LINKS)}; expected {', '.join(LINKS)}, or a JSON file")
-    try:
-        content = parse_json(path.read_text("utf-8"))
-        bandwidth, latency = float(content["bandwidth"]), float(content["latency"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        message = f"link is {quoted(name)}; expected bandwidth and latency in it"
-        raise UsageError(f"{message}: {quoted(str(error))}") from error
-    if not (0 < bandwidth < float("inf") and 0 <= latency < float("inf")):
-        raise UsageError(f"link is {quoted(name)} with bandwidth {bandwidth} and latency {latency}; expected above 0")
-    return Link(bandwidth, latency, f"{path.name}, measured")
 
 
 def divided(spec: ModelSpec, size: tuple[int, int], guide: Guidance) -> Divided:
@@ -196,7 +163,8 @@ class RankPlan:
 
     layout: its name, `one` for one GPU. memory: bytes of a rank. computing, sending, waiting: predicted milliseconds of
     a steady block's passes; decoding: of its decoder, on all ranks where they divide it. sent: bytes that a rank sends
-    in a block's passes. shard_weights: ranks divide the weights.
+    in a block's passes. shard_weights: ranks divide the weights. measured: milliseconds of a block that replace the
+    predicted ones; source: file that they are from.
     """
 
     layout: str
@@ -212,19 +180,32 @@ class RankPlan:
     frames: float
     sent: int
     shard_weights: bool = False
+    measured: float | None = None
+    source: str | None = None
 
     @property
     def block(self) -> float:
+        """Milliseconds of a block: measured where they are, else predicted."""
+        return self.predicted if self.measured is None else self.measured
+
+    @property
+    def predicted(self) -> float:
         """Predicted milliseconds of a block."""
         return self.computing + self.sending + self.waiting + self.decoding
 
     @property
     def per_pass(self) -> float:
-        return (self.block - self.decoding) / self.passes
+        """Predicted milliseconds of a pass."""
+        return (self.predicted - self.decoding) / self.passes
+
+    @property
+    def how(self) -> str:
+        """Origin of the time of a block."""
+        return "predicted" if self.measured is None else f"measured ({self.source})"
 
     @property
     def fps(self) -> float:
-        """Predicted frames per second of all worlds together."""
+        """Frames per second of all worlds together."""
         return self.replicas * self.frames * 1000 / self.block
 
     def __str__(self) -> str:
@@ -233,9 +214,7 @@ class RankPlan:
         return world if self.replicas == 1 else f"{self.replicas} x {world}"
 
 
-def rank_memory(
-    load: Workload, grid: RankGrid, sessions: int, shard_weights: bool = False, decoders: int = 1
-) -> int:
+def rank_memory(load: Workload, grid: RankGrid, sessions: int, shard_weights: bool = False, decoders: int = 1) -> int:
     """Bytes of rank 0, which decodes: all weights, or its part and the largest whole, and its part of each page.
 
     What a pass computes is divided too, where no rank gathers the queries of others. decoders: ranks that decode.
@@ -262,11 +241,15 @@ def rank_memory(
     return sum(once.values()) + sessions * sum(each.values())
 
 
-def plans(load: Workload, gpus: int, memory: int, ceiling: Ceiling, link: Link) -> Iterator[RankPlan]:
+def plans(
+    load: Workload, gpus: int, memory: int, ceiling: Ceiling, link: Link, measured: MeasuredLayouts | None = None,
+    shard_weights: bool = False,
+) -> Iterator[RankPlan]:  # fmt: skip
     """Every layout of `gpus` GPUs: replicas of one GPU, of all, and of each divisor between.
 
-    Divided weights are listed where a layout does not fit without, and ranks that hold layers where nothing else of as
-    many ranks or fewer fits, divided weights aside.
+    Divided weights are listed where a layout does not fit without, or with `shard_weights`; ranks that hold layers
+    where nothing else of as many ranks or fewer fits, divided weights aside. measured: times that replace predicted
+    ones.
     """
     parts, fit = divided_of(load), False
     for ranks in (count for count in range(1, gpus + 1) if gpus % count == 0):
@@ -274,18 +257,18 @@ def plans(load: Workload, gpus: int, memory: int, ceiling: Ceiling, link: Link) 
         grids = [parts.grid_of(layout, ranks) for layout in layouts] if ranks > 1 else [RankGrid()]
         for grid in grids:
             assert grid is not None
-            whole = plan(load, grid, gpus // ranks, memory, ceiling, link)
+            whole = plan(load, grid, gpus // ranks, memory, ceiling, link, measured=measured)
             yield whole
             fit = fit or whole.fits
-            if not whole.fits and grid.tiles > 1:
-                yield plan(load, grid, gpus // ranks, memory, ceiling, link, shard_weights=True)
+            if grid.tiles > 1 and (shard_weights or not whole.fits):
+                yield plan(load, grid, gpus // ranks, memory, ceiling, link, True, measured)
         if not fit and ranks > 1 and (grid := parts.grid_of(LAYERS, ranks)) is not None:
-            yield plan(load, grid, gpus // ranks, memory, ceiling, link)
+            yield plan(load, grid, gpus // ranks, memory, ceiling, link, measured=measured)
 
 
 def plan(
     load: Workload, grid: RankGrid, replicas: int, memory: int, ceiling: Ceiling, link: Link,
-    shard_weights: bool = False,
+    shard_weights: bool = False, measured: MeasuredLayouts | None = None,
 ) -> RankPlan:  # fmt: skip
     """Predict one layout. memory: bytes of a GPU. Of branches of guidance, the longest is waited for."""
     blocks = planner.steady_blocks(load.preset)
@@ -310,8 +293,9 @@ def plan(
         decoding = (speed.encoder_seconds + (speed.decoder_seconds - speed.encoder_seconds) / decoders) * 1e3
         decoding += moved / (link.bandwidth * 1e9) * 1e3 + times * link.latency / 1e3
     need = rank_memory(load, grid, -(-load.sessions // replicas), shard_weights, decoders)
+    name = grid.layout or "one"
     return RankPlan(
-        grid.layout or "one", grid.ranks, replicas, need, need <= memory,
+        name, grid.ranks, replicas, need, need <= memory,
         passes=per_block(lambda block, place: len(runs_at(load, block, grid, place))),
         computing=per_block(flops) / grid.tiles / (ceiling.tflops * EFFICIENCY * 1e12) * 1e3,
         sending=passed / (link.bandwidth * 1e9) * 1e3,
@@ -320,6 +304,8 @@ def plan(
         frames=speed.frames,
         sent=sent,
         shard_weights=shard_weights,
+        measured=None if measured is None else measured.block(name, grid.ranks, shard_weights),
+        source=None if measured is None else measured.file,
     )  # fmt: skip
 
 
@@ -332,14 +318,16 @@ def choose(options: list[RankPlan], goal: str) -> tuple[RankPlan, str]:
             f"no layout of {options[0].ranks * options[0].replicas} GPUs fits: the least, {least}, needs "
             f"{least.memory / 1e9:.1f} GB a GPU; give a smaller window, size or kv_dtype"
         )
+    timed = [option for option in fitting if option.measured is not None]  # a model's times are not compared with these
+    among = timed or fitting
     if goal == "throughput":
-        best = max(fitting, key=lambda option: option.fps)
-        return best, f"{best}: most frames of all streams together, {best.fps:.1f} a second predicted"
-    best = min(fitting, key=lambda option: (option.block, option.ranks))
-    others = [option for option in fitting if option.ranks == 1]
+        best = max(among, key=lambda option: option.fps)
+        return best, f"{best}: most frames of all streams together, {best.fps:.1f} a second {best.how}"
+    best = min(among, key=lambda option: (option.block, option.ranks))
+    others = [option for option in among if option.ranks == 1]
     beside = f", {others[0].block / best.block:.2f} x as fast as one GPU" if others and best.ranks > 1 else ""
     rest = [option for option in options if option.layout != LAYERS]
     if best.layout == LAYERS and not any(option.fits for option in rest):
         least = min(rest, key=lambda option: option.memory)
         beside = f"; nothing else fits, the least of which, {least}, needs {least.memory / 1e9:.1f} GB a GPU"
-    return best, f"{best}: the shortest block, {best.block:.0f} ms predicted{beside}"
+    return best, f"{best}: the shortest block, {best.block:.0f} ms {best.how}{beside}"

@@ -26,11 +26,12 @@ from ...graphs.shards import Shard
 from ...kernels.collectives import RankGroup
 from ...models.decoder import DecoderSpec
 from ...models.spec import ModelSpec
-from ...schemes.layouts import RankGrid, choose_layout
+from ...schemes.layouts import RankGrid
 from ...schemes.presets import Preset
-from ..capacity.rank_planner import decoder_ranks, divided
+from ..capacity.memory_check import MemoryCheck
+from ..capacity.rank_planner import decoder_ranks
 from ..config import EngineConfig
-from ..execution.loading import Components, SizeCheck
+from ..execution.loading import Components
 from ..worker import LocalWorker
 from .identity import difference, identity
 from .messages import Connection, Message
@@ -63,18 +64,19 @@ class World:
 class Start:
     """Start of the ranks of an engine, once sizes are known and before weights are read.
 
-    check: of sizes and memory, made first. size: of pictures, None for the model's own. name, settings, offline:
-    arguments of `load`.
+    check: of sizes and memory, made first; it chooses the layout. size: of pictures, None for the model's own. name,
+    settings, offline: arguments of `load`. reason: of the planner's choice, None where the layout was named.
     """
 
     config: EngineConfig
     preset: Preset
-    check: SizeCheck
+    check: MemoryCheck
     size: tuple[int, int] | None
     name: str | None
     settings: Mapping[str, Any]
     offline: bool
     world: World | None = None
+    reason: str | None = None
 
     def __call__(
         self,
@@ -93,13 +95,15 @@ class Start:
         self.check(spec, decoder, text, fast, made_on_host, files)
         size = self.size or spec.default_size
         together = decoder_ranks(spec, size, config.gpus, config.shard_decoder) > 1
-        grid = choose_layout(divided(spec, size, self.preset.sampler.guide), config.gpus, config.parallel)
+        choice = self.check.choice(spec, decoder, text, fast)
+        grid, self.reason = choice.grid, choice.reason
         if grid.tokens > 1 and config.kv_dtype not in (None, config.dtype):
             raise UsageError(
                 f"kv_dtype is {quoted(config.kv_dtype)} with parallel={grid.layout}, whose pages have the model's "
                 "dtype; leave kv_dtype out, or use parallel=ulysses"
             )
         mine = identity(spec, self.preset, files, torch.device(config.device))
+        self.config = replace(config, parallel=grid.layout, measured=None, shard_weights=choice.shard_weights)
         self.world = start(self.config, grid, together, mine, self.name, self.settings, self.offline)
         return self.world.shard
 

@@ -51,6 +51,15 @@ class Connection:
             self.stream.sendall(HEADER.pack(MAGIC, len(text), len(message.plan), len(data)) + text + message.plan)
             self.stream.sendall(data)
 
+    def beat(self) -> None:
+        """Send a sign of life, unless a message is on its way, which is one; OSError where the other end is gone."""
+        text = json.dumps({"kind": "beat"}).encode()
+        if self.lock.acquire(blocking=False):
+            try:
+                self.stream.sendall(HEADER.pack(MAGIC, len(text), 0, 0) + text)
+            finally:
+                self.lock.release()
+
     def receive(self) -> Message | None:
         """The next message; None at the end of the connection. InferixError for other bytes."""
         header = self.read(HEADER.size)

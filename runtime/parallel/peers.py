@@ -1,6 +1,7 @@
 """Rank 0's view of the other ranks: their connections, beats and replies, and the first fault among them.
 
-A thread for each rank receives; one more looks for ranks that hang. The first fault ends all ranks: connections are
+A thread for each rank receives; one more looks for ranks that hang, and one sends beats, by which the others know that
+rank 0 does not. The first fault ends all ranks: connections are
 closed, which ends every process at once, and processes of this machine that do not end are killed.
 """
 
@@ -19,6 +20,7 @@ from ...errors import InferixError, RankFailed, cut
 from ...kernels.collectives import RankGroup
 from .messages import Connection, Message
 
+BEAT = 0.2  # seconds between beats, of every rank
 LOOK = 0.1  # seconds between looks for ranks that hang
 STUCK = 1.0  # seconds in a collective, after which a rank counts as waiting for one that has failed
 GRACE = 0.5  # seconds for a rank to end by itself, and for a collective to end after a rank's error
@@ -61,6 +63,7 @@ class Peers:
         for peer in self.peers:
             threading.Thread(target=self._receive, args=(peer,), name=f"rank-{peer.rank}", daemon=True).start()
         threading.Thread(target=self._watch, name="ranks-watch", daemon=True).start()
+        threading.Thread(target=self._beat, name="ranks-beat", daemon=True).start()
 
     # Messages
 
@@ -206,9 +209,22 @@ class Peers:
             return f"{peer} ended"
         return f"{peer} was killed by {signal.Signals(-code).name}" if code < 0 else f"{peer} ended with code {code}"
 
+    def _beat(self) -> None:
+        while self.fault is None and not self.closed:
+            time.sleep(BEAT)
+            for peer in self.peers:
+                with contextlib.suppress(OSError):  # the thread that receives knows its reason
+                    peer.connection.beat()
+
     def _watch(self) -> None:
+        looked = time.monotonic()
         while self.fault is None and not self.closed:
             time.sleep(LOOK)
+            now = time.monotonic()
+            if now - looked > self.timeout:
+                self.fail(f"rank 0 was stopped for {now - looked:.0f} s, longer than rank_timeout ({self.timeout:g} s)")
+                return
+            looked = now
             if (reason := self._hung(time.monotonic())) is not None:
                 self.fail(reason)
 

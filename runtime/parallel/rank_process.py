@@ -10,8 +10,10 @@ import os
 import queue
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,28 +34,37 @@ from ..plans import GuidedPass, decode_plan
 from ..worker import LocalWorker
 from .identity import identity
 from .messages import Connection, Message, connected
+from .peers import BEAT
 from .ranked_worker import GIVES
 from .rendezvous import START, Place, join_grid, join_store
 
-BEAT = 0.2  # seconds between beats
 ADDRESS = "inferix/control"  # key of rank 0's address in the store
 
 
 class Inbox:
-    """Messages of rank 0, received by a thread that ends the process with the connection."""
+    """Messages of rank 0, received by a thread that ends the process with the connection.
 
-    def __init__(self, connection: Connection) -> None:
+    timeout: seconds of silence of rank 0, after which the process ends, too. rank: this one's number. end: of
+    the process, with a code, from any thread.
+    """
+
+    def __init__(self, connection: Connection, rank: int, end: Callable[[int], object] = os._exit) -> None:
         self.connection, self.queue = connection, queue.SimpleQueue[Message]()
+        self.rank, self.timeout, self.end = rank, START.total_seconds(), end
+        self.silent = 0  # looks since the last message
         self.group: RankGroup | None = None
         threading.Thread(target=self._receive, name="rank-0", daemon=True).start()
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
+        threading.Thread(target=self._watch, name="rank-0-watch", daemon=True).start()
 
     def _receive(self) -> None:
         try:
             while (message := self.connection.receive()) is not None:
-                self.queue.put(message)
+                self.silent = 0
+                if message.kind != "beat":
+                    self.queue.put(message)
         finally:
-            os._exit(0)  # whatever the other threads wait for
+            self.end(0)  # whatever the other threads wait for
 
     def _beat(self) -> None:
         stop = threading.Event()
@@ -61,11 +72,20 @@ class Inbox:
             waits = self.group is not None and self.group.traffic.since is not None
             self.send(Message("beat", {"waits": waits}))
 
+    def _watch(self) -> None:
+        """End the process once rank 0 is silent; looks are counted, since this process may have been stopped, too."""
+        while self.silent * BEAT < self.timeout:
+            time.sleep(BEAT)
+            self.silent += 1
+        if self.rank == 1:  # one error of all ranks
+            print(f"rank 0 has sent nothing for {self.timeout:g} s: it hangs. The other ranks end", file=sys.stderr)
+        self.end(1)
+
     def send(self, message: Message) -> None:
         try:
             self.connection.send(message)
         except OSError:
-            os._exit(0)
+            self.end(0)
 
     def next(self, kind: str) -> Message:
         message = self.queue.get()
@@ -93,7 +113,7 @@ def serve(place: Place) -> None:
         host, port, token = store.get(ADDRESS).decode().split("|")
     except RuntimeError as error:
         raise InferixError(f"rank 0 loaded no engine for {place.ranks} ranks") from error
-    inbox = Inbox(connected((host, int(port)), START.total_seconds()))
+    inbox = Inbox(connected((host, int(port)), START.total_seconds()), place.rank)
     hello = {"rank": place.rank, "token": token, "pid": os.getpid(), "host": socket.gethostname()}
     inbox.send(Message("hello", hello))
     number = 0
@@ -133,6 +153,7 @@ def run(worker: LocalWorker, inbox: Inbox, message: Message) -> None:
 def load_worker(place: Place, store: Any, inbox: Inbox) -> LocalWorker:
     """Load the model that rank 0 names, once it agrees that it is the same one."""
     setup = inbox.next("setup").values
+    inbox.timeout = setup["config"]["rank_timeout"]
     torch.set_num_threads(setup["threads"])
     config = EngineConfig.of(**{**setup["config"], "device": device_of(setup["config"]["device"], place)})
     preset = make_preset(config.preset, **setup["settings"])

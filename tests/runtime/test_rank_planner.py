@@ -11,17 +11,23 @@ import pytest
 import torch
 from oracles import ROWS, SIZE
 from thread_ranks import grid_of, pair, thread_engine
+from typer.testing import CliRunner
 
 from inferix import UsageError, load
 from inferix.bench import rank_links
+from inferix.cli.main import app
 from inferix.models.registry import MODELS, family_of, make_preset
 from inferix.runtime.capacity import memory_check, rank_planner
 from inferix.runtime.capacity.available_memory import Available
-from inferix.runtime.capacity.gpus import CARDS
+from inferix.runtime.capacity.gpus import CARDS, card_named
+from inferix.runtime.capacity.links import LINKS, read_link
+from inferix.runtime.capacity.measured_layouts import read_measured
 from inferix.runtime.capacity.memory_check import MemoryCheck
 from inferix.runtime.capacity.planner import Ceiling, Workload, steady_blocks
-from inferix.runtime.capacity.rank_planner import LINKS, choose, plans, read_link
+from inferix.runtime.capacity.rank_choice import choose_ranks
+from inferix.runtime.capacity.rank_planner import choose, plans
 from inferix.runtime.config import EngineConfig
+from inferix.runtime.programs.graph_store import card_of
 from inferix.runtime.sampler import scheduled_blocks
 from inferix.schemes.layouts import BRANCHES, HEADS, JOINT, LAYERS, TOKENS, Divided, RankGrid, choose_layout
 
@@ -159,8 +165,103 @@ def test_load_takes_the_layout_that_the_planner_predicts_to_be_faster(model: str
     for ranks in (2, 4, 5, 8):
         same = [one for one in options(load, ranks, link) if one.ranks == ranks]
         if same:
-            fastest = min(same, key=lambda one: one.block)
-            assert choose_layout(rank_planner.divided_of(load), ranks).layout == fastest.layout
+            config = EngineConfig.of("wan-tiny", "self-forcing", device="cpu", gpus=ranks)
+            chosen = choose_ranks(config, load, H200.memory_gb * 10**9)
+            best, reason = choose(same, "latency")
+            assert (chosen.grid.layout, chosen.shard_weights) == (best.layout, best.shard_weights)
+            assert (chosen.reason is not None and chosen.reason == reason) or link != "nvlink"
+
+
+def table(tmp_path: Path, load: Workload, times: dict[tuple[str, int], float], **about: object) -> str:
+    """A file of measured layouts of a workload, on this machine."""
+    file = tmp_path / "table.json"
+    rows = [
+        {"layout": layout, "ranks": ranks, "shard_weights": False, "block_ms": time}
+        for (layout, ranks), time in times.items()
+    ]
+    here = {
+        "model": load.spec.name, "preset": load.preset.name, "size": list(load.size), "dtype": load.dtype,
+        "device": card_of(torch.device("cpu")),
+    }  # fmt: skip
+    file.write_text(json.dumps({**here, **about, "layouts": rows}))
+    return str(file)
+
+
+def test_measured_times_reverse_the_choice_and_the_reason_names_their_file(tmp_path: Path) -> None:
+    load, memory = workload("wan-1.3b"), H200.memory_gb * 10**9
+    plain = EngineConfig.of("wan-tiny", "self-forcing", device="cpu", gpus=4)
+    assert choose_ranks(plain, load, memory).grid == RankGrid(4)
+    config = replace(plain, measured=table(tmp_path, load, {(HEADS, 4): 90.0, (TOKENS, 4): 80.0}))
+    chosen = choose_ranks(config, load, memory)
+    assert chosen.grid == RankGrid(1, 4)
+    assert chosen.reason is not None and "80 ms measured (table.json)" in chosen.reason
+    listed = list(plans(load, 4, memory, CEILING, LINKS["nvlink"], read_measured(config.measured or "")))
+    best, reason = choose(listed, "latency")
+    assert (best.layout, best.block) == (TOKENS, 80.0) and "measured (table.json)" in reason
+    assert best.predicted != best.block and best.per_pass == (best.predicted - best.decoding) / best.passes
+    other = replace(plain, measured=table(tmp_path, load, {(HEADS, 2): 90.0}))
+    unmeasured = choose_ranks(other, load, memory)
+    assert unmeasured.grid == RankGrid(4) and "table.json has no layout of 4" in (unmeasured.reason or "")
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        ({"model": "wan-14b"}, ("model", "wan-14b", "wan-1.3b")),
+        ({"preset": "krea"}, ("preset", "krea", "self-forcing")),
+        ({"size": [64, 64]}, ("size", "64", "832")),
+        ({"dtype": "float32"}, ("dtype", "float32", "bfloat16")),
+        ({"device": "NVIDIA H100 PCIe sm_90"}, ("device", "H100", "cpu")),
+    ],
+)
+def test_measured_times_of_something_else_are_refused_by_name(about, words, tmp_path: Path) -> None:
+    load = workload("wan-1.3b")
+    name = table(tmp_path, load, {(HEADS, 4): 90.0}, **about)
+    config = EngineConfig.of("wan-tiny", "self-forcing", device="cpu", gpus=4, measured=name)
+    with pytest.raises(UsageError) as error:
+        choose_ranks(config, load, None)
+    assert all(word in str(error.value) for word in ("table.json", *words))
+
+
+def test_files_that_are_no_measured_times_are_refused(tmp_path: Path) -> None:
+    for text in ("{}", "[]", "nonsense", '{"bandwidth": 1, "latency": 2}'):
+        (tmp_path / "table.json").write_text(text)
+        with pytest.raises(UsageError, match=r"table\.json"):
+            read_measured(str(tmp_path / "table.json"))
+    with pytest.raises(UsageError, match=r"0\.0 ms"):
+        read_measured(table(tmp_path, workload("wan-1.3b"), {(HEADS, 4): 0.0}))
+    with pytest.raises(UsageError, match=r"none\.json"):
+        read_measured(str(tmp_path / "none.json"))
+    for settings in ({"gpus": 1}, {"gpus": 2, "parallel": HEADS}):
+        with pytest.raises(UsageError, match=r"measured"):
+            EngineConfig.of("wan-tiny", "self-forcing", device="cpu", measured="table.json", **settings)
+
+
+def test_plan_reads_measured_times(tmp_path: Path) -> None:
+    name = table(tmp_path, workload("wan-1.3b"), {("one", 1): 50.0, (HEADS, 4): 90.0}, device="NVIDIA H200 NVL sm_90")
+    options = ["plan", "--preset", "self-forcing", "--gpus", "4", "--measured", name, "--json"]
+    facts = json.loads(CliRunner().invoke(app, [*options, "--gpu", "h200"]).stdout)["ranks"]
+    assert facts["layouts"][facts["chosen"]]["layout"] == "one" and "measured (table.json)" in facts["reason"]
+    refused = CliRunner().invoke(app, [*options, "--gpu", "h100"])
+    assert refused.exit_code != 0 and "h200" in refused.stderr and "table.json" in refused.stderr
+
+
+def test_the_choice_leaves_out_layouts_that_do_not_take_the_settings() -> None:
+    load, memory = workload("wan-1.3b"), H200.memory_gb * 10**9
+    narrow = EngineConfig.of("wan-tiny", "self-forcing", device="cpu", gpus=4, kv_dtype="int8")
+    assert choose_ranks(narrow, load, memory).grid == RankGrid(4)
+    divided = EngineConfig.of("wan-tiny", "self-forcing", device="cpu", gpus=4, shard_weights=True)
+    assert choose_ranks(divided, load, memory).shard_weights
+    assert not choose_ranks(divided, workload("wan-14b"), 1).grid.layers > 1  # nothing fits
+
+
+def test_cards_are_found_by_the_names_of_devices() -> None:
+    names = {"NVIDIA H100 PCIe": "h100-pcie", "NVIDIA H100 80GB HBM3 sm_90": "h100"}
+    names |= {"NVIDIA A100-SXM4-80GB": "a100-80gb", "NVIDIA GeForce RTX 4090 sm_89": "rtx-4090", "NVIDIA L4": "l4"}
+    for device, name in names.items():
+        card = card_named(device)
+        assert card is not None and card.name == name
+    assert card_named("cpu x86_64") is None
 
 
 def test_a_link_between_ranks_is_measured_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from thread_ranks import difference, pair, socketpair
 from torch import Tensor
 
 from inferix import RankFailed, UsageError, load
+from inferix.bench import rank_faults
 from inferix.errors import SessionEnded
 from inferix.models.wan.write_checkpoint import random_lora
 from inferix.runtime.engine import Engine
@@ -248,6 +249,58 @@ def test_no_rank_outlives_rank_0(number: signal.Signals, tmp_path: Path) -> None
     while is_alive(rank):
         assert time.monotonic() < deadline, f"process {rank} is left"
         time.sleep(0.05)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_rank_ends_once_rank_0_is_silent_and_the_first_reports_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from inferix.runtime.parallel import rank_process
+
+    codes: dict[str, int] = {}
+
+    def ends(code: int) -> None:
+        codes[threading.current_thread().name] = code
+        raise SystemExit  # of the thread
+
+    monkeypatch.setattr(rank_process, "BEAT", 0.05)
+    for rank in (1, 2):
+        codes.clear()
+        mine, theirs = (Connection(end) for end in socketpair())
+        inbox = rank_process.Inbox(mine, rank, ends)
+        inbox.timeout = 2.0
+        for _ in range(15):
+            theirs.beat()
+            time.sleep(0.2)
+        assert not codes  # after 3 s
+        until(lambda: "rank-0-watch" in codes)
+        assert codes == {"rank-0-watch": 1} and inbox.queue.empty()
+        assert ("rank 0 has sent nothing for 2 s" in capsys.readouterr().err) == (rank == 1)
+        theirs.close()
+        until(lambda: codes.keys() >= {"rank-0", "beat"})
+
+
+def test_rank_0_that_was_stopped_knows_it() -> None:
+    mine, theirs = (Connection(end) for end in socketpair())
+    peers = Peers([Peer(1, mine, 0, "test")], timeout=0.01)  # any look takes longer
+    until(lambda: peers.fault is not None)
+    assert "rank 0 was stopped" in (peers.fault or "")
+    peers.close()
+    theirs.close()
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_0_ends_the_other_ranks_with_one_error() -> None:
+    message, seconds, left = rank_faults.stopped(3, 3.0, "pass-q")
+    assert "rank 0 has sent nothing for 3 s" in message
+    assert left == 0 and seconds < 20  # no measure of speed: without beats they would wait for rank 0
+
+
+def until(ready: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not ready():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def is_alive(pid: int) -> bool:

@@ -1,0 +1,42 @@
+"""Links between GPUs: assumed figures by name, or measured ones of a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import UsageError, nearest, quoted
+from ...models.files import parse_json
+
+
+@dataclass(frozen=True)
+class Link:
+    """bandwidth: GB/s that a GPU sends. latency: microseconds of a collective. source: where they are from."""
+
+    bandwidth: float
+    latency: float
+    source: str
+
+
+LINKS = {
+    "nvlink": Link(300, 15, "nvlink, assumed"),
+    "pcie": Link(20, 30, "pcie, assumed"),
+}
+
+
+def read_link(name: str) -> Link:
+    """A link by name, or of a JSON file with `bandwidth` (GB/s) and `latency` (us); UsageError for anything else."""
+    if name in LINKS:
+        return LINKS[name]
+    path = Path(name)
+    if not path.is_file():
+        raise UsageError(f"link is {quoted(name)}{nearest(name, LINKS)}; expected {', '.join(LINKS)}, or a JSON file")
+    try:
+        content = parse_json(path.read_text("utf-8"))
+        bandwidth, latency = float(content["bandwidth"]), float(content["latency"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        message = f"link is {quoted(name)}; expected bandwidth and latency in it"
+        raise UsageError(f"{message}: {quoted(str(error))}") from error
+    if not (0 < bandwidth < float("inf") and 0 <= latency < float("inf")):
+        raise UsageError(f"link is {quoted(name)} with bandwidth {bandwidth} and latency {latency}; expected above 0")
+    return Link(bandwidth, latency, f"{path.name}, measured")
