@@ -220,12 +220,19 @@ def denoise_passes(
     """Yield denoising passes until the first block in flight has taken all steps; it then is `flight[0]`.
 
     admit makes the next block of the timeline, which is appended to `flight` when it joins. The caller runs each pass
-    and advances `step` of every block in flight before it resumes the iterator.
+    and advances `step` of every block in flight before it resumes the iterator. What a commit in the first pass saw
+    stays cached until the last, since a block that is taken back commits again.
     """
+    seen: tuple[int, ...] = ()
     while not flight or flight[0].step < len(timesteps):
         if joins(timeline.preset, flight):
             flight.append(admit())
-        yield denoise_pass(timeline, flight, timesteps, clean)
+        scheduled = denoise_pass(timeline, flight, timesteps, clean)
+        if scheduled.committed is not None:
+            seen = scheduled.window or ()
+        elif scheduled.run.written:
+            scheduled = replace(scheduled, beside=tuple(sorted({*seen, *scheduled.beside})))
+        yield scheduled
         timeline.uncommitted = None
 
 
@@ -243,9 +250,9 @@ def next_block(
 ) -> ScheduledBlock:
     """Plan the next block, and move the timeline and the blocks in flight past it."""
     policy = timeline.preset.context
+    before = timeline.uncommitted if policy.clean_text == "prompt" else None
+    commit_before = None if before is None else commit_pass(timeline, before)
     recache, rebuild = recache_pass(timeline.fork()), rebuild_pass(timeline)
-    waiting = timeline.uncommitted if policy.clean_text == "prompt" else None
-    commit_before = None if waiting is None else commit_pass(timeline.fork(), waiting)
     passes = [rebuild] if rebuild is not None else []
     for scheduled in denoise_passes(timeline, flight, timesteps, lambda: BlockProgress(timeline.admit()), clean):
         passes.append(scheduled)
