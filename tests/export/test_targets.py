@@ -171,6 +171,8 @@ assert not {"torch", "yaml", "typer", "safetensors"} & set(sys.modules)
     assert header.startswith(b"YUV4MPEG2 W32 H32 F8:1") and len(body) == 5 * (6 + 3 * 32 * 32)
     refused = subprocess.run([*command, "--prompt", "a desert"], capture_output=True, text=True)
     assert refused.returncode == 2 and "a desert" in refused.stderr and len(refused.stderr.splitlines()) == 1
+    refused = subprocess.run([*command, "--json", "--out", "-"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "--json" in refused.stderr and not refused.stdout
 
 
 def test_generate_runs_an_engine(onnx_folder: Path, tmp_path: Path) -> None:
