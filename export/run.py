@@ -307,6 +307,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     out = options.out or Path("out.mp4" if find_spec("av") else "out.y4m")
     if out != STDOUT and out.suffix not in (".y4m", *CONTAINERS):
         raise UsageError(f"--out {quoted(out)} must end in one of .y4m, {', '.join(CONTAINERS)}")
+    if out == STDOUT and options.json:
+        raise UsageError("--json and --out - both write to stdout; give --out a file")
     if options.image and options.video:
         raise UsageError("--image and --video both begin the stream; give one of them")
     inputs = {"engine": options.engine / FILE, "--image": options.image, "--video": options.video}

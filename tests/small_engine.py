@@ -29,15 +29,17 @@ ROWS = torch.randn(2, SPEC.text_len, SPEC.text_dim, generator=torch.Generator().
 
 
 @cache
-def small_engine(**settings: Any) -> Engine:
+def small_engine(preset: str = "tinyworld", **settings: Any) -> Engine:
     decoder = TinyDecoder(TinySpec(z_dim=SPEC.out_channels, widths=(8, 8, 8, 8), time=(1, 2, 2), patch=1))
     randomise(decoder, scale=0.1).requires_grad_(False)  # larger weights enlarge the error of the latents
-    return remade(make_engine("tinyworld", dtype="float32", spec=SPEC, **settings), vae=decoder)
+    return remade(make_engine(preset, dtype="float32", spec=SPEC, **settings), vae=decoder)
 
 
-def export_small(target: str, out: Path, dtype: str = "float32", kv_dtype: str = "float32") -> Path:
+def export_small(
+    target: str, out: Path, dtype: str = "float32", kv_dtype: str = "float32", engine: Engine | None = None
+) -> Path:
     rows = dict(zip(PROMPTS, ROWS, strict=True))
-    return write_engine(small_engine(), out, SIZE, TARGETS[target], rows, dtype=dtype, kv_dtype=kv_dtype)
+    return write_engine(engine or small_engine(), out, SIZE, TARGETS[target], rows, dtype=dtype, kv_dtype=kv_dtype)
 
 
 def convert_small(onnx: Path, out: Path) -> Path:

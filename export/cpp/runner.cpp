@@ -32,6 +32,7 @@ Play an exported engine. Where prompt, actions, length and seed are not given, t
   --save FILE             write the stream's state at the end
   --restore FILE          continue a saved stream
   --threads N             threads of a program [default: one per core]
+  --json                  one JSON line on stdout: blocks, frames, seconds, outputs
   --check                 compare noise and windows with the plan, and exit
   --version               this version, and the targets whose engines this build plays
 
@@ -48,7 +49,7 @@ struct Options {
     std::optional<double> seconds;
     std::optional<uint64_t> seed;
     int threads = 0;
-    bool check = false;
+    bool check = false, json = false;
 };
 
 template <class Number>
@@ -84,6 +85,7 @@ Options parse(const std::vector<std::string>& arguments) {
         else if (flag == "--restore") options.restore = next();
         else if (flag == "--threads") options.threads = number_of<int>(flag, next());
         else if (flag == "--check") options.check = true;
+        else if (flag == "--json") options.json = true;
         else if (flag.starts_with("-") || !options.folder.empty())
             throw UsageError("no option " + in_quotes(flag) + "; see --help");
         else options.folder = flag;
@@ -158,8 +160,21 @@ void write_npy(const std::string& path, const std::vector<float>& values, const 
     std::filesystem::rename(part, path);
 }
 
+// A string of JSON.
+std::string json_string(const std::string& text) {
+    std::string made = "\"";
+    for (char next : text) {
+        char code[8];
+        if (next == '"' || next == '\\') made += '\\';
+        if (static_cast<unsigned char>(next) >= 0x20) made += next;
+        else made += (std::snprintf(code, sizeof code, "\\u%04x", next), code);
+    }
+    return made + '"';
+}
+
 void run(const Options& options) {
     bool to_stdout = options.out == "-";
+    if (to_stdout && options.json) throw UsageError("--json and --out - both write to stdout; give --out a file");
     if (!to_stdout && !options.out.ends_with(".y4m"))
         throw UsageError("--out " + in_quotes(options.out) + " must end in .y4m, or be - for stdout");
     Plan plan = Plan::read(options.folder);
@@ -225,6 +240,14 @@ void run(const Options& options) {
     if (options.latents) write_npy(*options.latents, latents, shape);
     if (options.save) stream.save(*options.save);
     std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begun;
+    if (options.json) {
+        std::string outputs = json_string(options.out);
+        for (const auto& path : {options.latents, options.save})
+            if (path) outputs += ", " + json_string(*path);
+        std::printf("{\"blocks\": %lld, \"frames\": %lld, \"seconds\": %.6f, \"outputs\": [%s]}\n",
+                    static_cast<long long>(blocks), static_cast<long long>(pictures), seconds.count(), outputs.c_str());
+        return;
+    }
     std::fprintf(stderr, "%lld blocks, %lld frames, %.1f s\n", static_cast<long long>(blocks),
                  static_cast<long long>(pictures), seconds.count());
 }

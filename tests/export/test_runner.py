@@ -148,6 +148,15 @@ def test_the_runner_names_its_targets(built: Built) -> None:
     assert set(built.targets) & {"onnx", "openvino", "aoti"}
 
 
+def test_the_result_as_json(built: Built, toy: Path, tmp_path: Path) -> None:
+    out, latents = tmp_path / 'a "b"\n.y4m', tmp_path / "latents.npy"
+    done = built.run(toy, "--blocks", 2, "--out", out, "--latents", latents, "--json")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert made.pop("seconds") > 0
+    assert made == {"blocks": 2, "frames": len(planes(out, 32)), "outputs": [str(out), str(latents)]}
+
+
 def test_a_stream_saved_by_the_runner_goes_on(built: Built, toy: Path, tmp_path: Path) -> None:
     whole, parts, saved = tmp_path / "whole.y4m", [tmp_path / f"{part}.y4m" for part in range(2)], tmp_path / "a.stream"
     assert built.run(toy, "--blocks", 9, "--seed", 3, "--out", whole).returncode == 0
@@ -180,6 +189,9 @@ def test_bad_input_is_refused_in_one_line(built: Built, toys: dict[str, Path], t
         plan = json.loads((copy / FILE).read_text("utf-8"))
         (copy / FILE).write_text(json.dumps(plan | values), "utf-8")
 
+    def change_preset(copy: Path, **values: object) -> None:
+        change(copy, preset=json.loads((copy / FILE).read_text("utf-8"))["preset"] | values)
+
     def flip(path: Path) -> None:
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
@@ -208,6 +220,9 @@ def test_bad_input_is_refused_in_one_line(built: Built, toys: dict[str, Path], t
         (damaged("key", lambda copy: drop(copy, "sampler")), ["--blocks", "1"], "sampler"),
         (damaged("other", lambda copy: change(copy, format="x")), [], FILE),
         (damaged("size", copy_size), [], "64x64"),
+        (damaged("joint", lambda copy: change_preset(copy, window_blocks=5)), [], "window_blocks 5"),
+        (damaged("int8", lambda copy: change(copy, kv_dtype="int8")), [], "int8"),
+        (toy, ["--json", "--out", "-"], "--json"),
         (toy, ["--size", "64x64"], "64x64"),
         (toy, ["--blocks", "1", "--restore", str(saved)], str(saved)),
         (toy, ["--blocks", "1", "--prompt", "a desert"], "a desert"),

@@ -64,6 +64,19 @@ def test_weights_in_float16(onnx_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", ["onnx", "openvino"])
+def test_several_blocks_in_flight(target: str, tmp_path: Path) -> None:
+    """Twenty blocks past the window, five of them in each pass, with two prompt switches."""
+    model = small_engine("rolling-forcing", num_frame_per_block=1, local_attn_size=8, sink_size=2)
+    folder = export_small(target, tmp_path / "engine", engine=model)
+    session = model.open(prompt_embeds=ROWS[0], seed=5, size=SIZE)
+    switch = lambda number: session.prompt(embeds=ROWS[number])  # noqa: E731
+    latents, pixels, share = compare(ExportedEngine(folder, 1), session, switch, 28, [], 5)
+    print(f"{target}: latents {latents:.2e}, share {share:.2e}", flush=True)
+    assert latents <= 1e-4 and pixels <= 1 and share <= 2e-3
+
+
+@pytest.mark.slow
 def test_keys_and_values_in_int8(tmp_path: Path) -> None:
     """Files of ONNX with QuantizeLinear and DequantizeLinear, against the model's own pages in int8."""
     import onnx
@@ -195,6 +208,8 @@ assert not {"torch", "yaml", "typer", "safetensors"} & set(sys.modules)
     assert header.startswith(b"YUV4MPEG2 W32 H32 F8:1") and len(body) == 5 * (6 + 3 * 32 * 32)
     refused = subprocess.run([*command, "--prompt", "a desert"], capture_output=True, text=True)
     assert refused.returncode == 2 and "a desert" in refused.stderr and len(refused.stderr.splitlines()) == 1
+    refused = subprocess.run([*command, "--json", "--out", "-"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "--json" in refused.stderr and not refused.stdout
 
 
 def test_generate_runs_an_engine(onnx_folder: Path, tmp_path: Path) -> None:
