@@ -4,6 +4,7 @@ The browser is Debian's chromium, driven by playwright; without it these tests a
 """
 
 import shutil
+import time
 from contextlib import ExitStack
 
 import numpy as np
@@ -12,6 +13,7 @@ from camera_world import ROUNDING, camera_engine, differences, first_picture, re
 from live_client import PROMPT, WAIT, serving, small_engine
 from routers import routing
 
+from inferix.bench import serve as bench
 from inferix.schemes.camera import CameraMove
 from inferix.serve.settings import ServeSettings
 
@@ -125,6 +127,16 @@ def test_a_key_shows_in_the_block_of_its_receipt_and_a_reload_comes_back(page, s
     assert wait_for(page, "(inferix.active().last || {}).block") >= at
     page.set_input_files("#file", download.value.path())
     wait_for(page, "inferix.active().last.rollout === 1")
+
+
+def test_pictures_move_after_the_command(page):
+    """Prints the seconds from `inferix serve` to the second picture in a browser that runs already."""
+    begun = time.perf_counter()
+    with bench.serving(None, []) as (url, _):
+        page.goto(url)
+        wait_for(page, "window.inferix && inferix.active().player.drawn > 1")
+        print(f"pictures move {time.perf_counter() - begun:.2f} s after inferix serve")
+        page.goto("about:blank")
 
 
 def test_the_page_asks_for_the_token(page, tmp_path):

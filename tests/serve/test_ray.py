@@ -111,17 +111,19 @@ async def read(client):
 def test_replicas_are_added_for_sessions_and_removed_after_them(tmp_path):
     """Ray's own autoscaler follows `ScaleOnSlack`: one replica is full with a session, so another comes, and goes."""
     async def walk():
-        async with connect() as one, connect() as two:
-            first, second = Client(one), Client(two)
+        async with connect() as one:
+            first = Client(one)
             begun = time.perf_counter()
             await first.open()
             await reading(asyncio.to_thread(servers, 2), first)
             print(f"a second replica {time.perf_counter() - begun:.1f} s after the first was full")
-            await reading(second.open(), first)
-            for client in (first, second):
-                await client.until("state")
-                await client.send("stop")
-                await client.until("ended")
+            async with connect() as two:
+                second = Client(two)
+                await reading(second.open(), first)
+                for client in (first, second):
+                    await client.until("state")
+                    await client.send("stop")
+                    await client.until("ended")
         begun = time.perf_counter()
         await asyncio.to_thread(servers, 1)
         print(f"one replica {time.perf_counter() - begun:.1f} s after the last session")
