@@ -84,7 +84,8 @@ def graph_keys(
     """List the keys of all graphs of a stream with pictures of `size` (width, height), without a page budget.
 
     These are the graphs of its first blocks, of blocks with a full window, and of the passes of a rebuild or a new
-    prompt, with the blocks that follow a commit by itself. staged: True if pages have another dtype than the model. UsageError for a window without an end.
+    prompt, with the blocks that follow a commit by itself. staged: True if pages have another dtype than the model.
+    UsageError for a window without an end.
     """
     if page_needs(preset).context is None:
         raise UsageError(
