@@ -64,14 +64,16 @@ class ScheduledPass:
 class ScheduledBlock:
     """The passes of one block of a stream, in the order in which they run.
 
-    span: the block that they finish. recache: the pass that a new prompt would add before them, or None. decoded:
-    latent frames the decoder runs over: the block's own, and those that a restarted decoder begins with. encoded:
-    pictures encoded again for a rebuild.
+    span: the block that they finish. recache: the pass that a new prompt would add before them, or None. commit_before:
+    the pass in which a new prompt would have the block before committed by itself, or None. decoded: latent frames the
+    decoder runs over: the block's own, and those that a restarted decoder begins with. encoded: pictures encoded again
+    for a rebuild.
     """
 
     span: Span
     passes: tuple[ScheduledPass, ...]
     recache: ScheduledPass | None
+    commit_before: ScheduledPass | None
     decoded: int
     encoded: int
 
@@ -213,12 +215,19 @@ def denoise_passes(
     """Yield denoising passes until the first block in flight has taken all steps; it then is `flight[0]`.
 
     admit makes the next block of the timeline, which is appended to `flight` when it joins. The caller runs each pass
-    and advances `step` of every block in flight before it resumes the iterator.
+    and advances `step` of every block in flight before it resumes the iterator. What a commit in the first pass saw
+    stays cached until the last, since a block that is taken back commits again.
     """
+    seen: tuple[int, ...] = ()
     while not flight or flight[0].step < len(timesteps):
         if joins(timeline.preset, flight):
             flight.append(admit())
-        yield denoise_pass(timeline, flight, timesteps, clean)
+        scheduled = denoise_pass(timeline, flight, timesteps, clean)
+        if scheduled.committed is not None:
+            seen = scheduled.window or ()
+        elif scheduled.run.written:
+            scheduled = replace(scheduled, beside=tuple(sorted({*seen, *scheduled.beside})))
+        yield scheduled
         timeline.uncommitted = None
 
 
@@ -236,6 +245,8 @@ def next_block(
 ) -> ScheduledBlock:
     """Plan the next block, and move the timeline and the blocks in flight past it."""
     policy = timeline.preset.context
+    before = timeline.uncommitted if policy.clean_text == "prompt" else None
+    commit_before = None if before is None else commit_pass(timeline, before)
     recache, rebuild = recache_pass(timeline.fork()), rebuild_pass(timeline)
     passes = [rebuild] if rebuild is not None else []
     for scheduled in denoise_passes(timeline, flight, timesteps, lambda: BlockProgress(timeline.admit()), clean):
@@ -251,7 +262,7 @@ def next_block(
         timeline.forget(cached)
     restarted = len(rebuild.run.frames) if rebuild is not None and policy.restart_decoder else 0
     encoded = int(rebuild is not None and reencodes_head(timeline.preset, rebuild.run))
-    return ScheduledBlock(span, tuple(passes), recache, restarted + len(span.frames), encoded)
+    return ScheduledBlock(span, tuple(passes), recache, commit_before, restarted + len(span.frames), encoded)
 
 
 def stream_blocks(

@@ -84,7 +84,8 @@ def graph_keys(
     """List the keys of all graphs of a stream with pictures of `size` (width, height), without a page budget.
 
     These are the graphs of its first blocks, of blocks with a full window, and of the passes of a rebuild or a new
-    prompt. staged: True if pages have another dtype than the model. UsageError for a window without an end.
+    prompt, with the blocks that follow a commit by itself. staged: True if pages have another dtype than the model.
+    UsageError for a window without an end.
     """
     if page_needs(preset).context is None:
         raise UsageError(
@@ -97,9 +98,14 @@ def graph_keys(
             forked = collector.table.copy()
             collector.add(forked, block.recache, whole=False)
             forked.release()
+        whole = supports_whole_block(preset, block.span.index)
+        if block.commit_before is not None:
+            forked, first = collector.table.copy(), block.passes[0]
+            collector.add(forked, block.commit_before, whole=False)
+            collector.add(forked, replace(first, run=first.own, committed=None), whole)
+            forked.release()
         if block.rebuild is not None:
             collector.add(collector.table, block.rebuild, whole=False)
-        whole = supports_whole_block(preset, block.span.index)
         passes = [scheduled for scheduled in block.passes if scheduled.kind != "rebuild"]
         for scheduled in passes[:1] if whole else passes:
             collector.add(collector.table, scheduled, whole)

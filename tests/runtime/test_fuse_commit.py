@@ -12,7 +12,7 @@ from oracles import ROWS, SIZE, TINY, make_engine
 from recording import FakeGraphs
 
 from inferix.errors import UsageError
-from inferix.models.registry import PRESETS
+from inferix.models.registry import PRESETS, make_preset
 from inferix.runtime.engine import Engine
 from inferix.runtime.execution.executors import GraphExecutor
 from inferix.runtime.programs.warmup import graph_keys
@@ -82,11 +82,19 @@ def test_whole_blocks_are_one_launch_and_the_commit_has_none() -> None:
         session.prompt(embeds=OTHER)
         made += latents(session, 2)
         assert (backend.captures, backend.replays) == (3, 8)  # the commit by itself, once
+        assert set(executor.loaded) <= set(graph_keys(together.spec, together.preset, SIZE))
     with apart.open(prompt_embeds=ROWS, size=SIZE, seed=3) as session:
         expected = latents(session, 5)
         session.prompt(embeds=OTHER)
         expected += latents(session, 2)
     assert difference(expected, made) <= EXACT
+
+
+def test_a_block_behind_a_new_prompt_is_made_ahead_also_where_no_other_is_like_it() -> None:
+    """After a first frame by itself, only a block that follows a commit by itself commits none before."""
+    preset = make_preset("causal-forcing", commit_in_next=True, **PRESET_SETTINGS["causal-forcing"])
+    whole = [(key.latent[0], key.commits_before) for key in graph_keys(TINY, preset, SIZE) if key.whole]
+    assert sorted(set(whole)) == [(1, False), (3, False), (3, True)]
 
 
 def test_a_commit_under_the_new_prompt_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,6 +130,33 @@ def test_fork_rewind_and_save_between_blocks(executor: str, tmp_path: Path) -> N
             session.prompt(embeds=OTHER)
             rewound.append(made + latents(session, 3))
     assert difference(*rewound) <= EXACT
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_a_block_whose_later_pass_fails_is_made_again(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commit is taken back with the first pass, and sees again what the later passes do not."""
+    engine = make_engine(
+        "self-forcing", commit_in_next=True, **SMALL | {"denoising_step_list": [1000, 750, 500]}, local_attn_size=6
+    )
+    with engine.open(prompt_embeds=ROWS, size=SIZE, seed=3) as session:
+        expected = latents(session, 6)
+    forward, passes = engine.loop.forward, 0
+
+    def once(*args: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        result = forward(*args)
+        if passes == failing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return result
+
+    with engine.open(prompt_embeds=ROWS, size=SIZE, seed=3) as session:
+        made = latents(session, 4)
+        monkeypatch.setattr(engine.loop, "forward", once)
+        with pytest.raises(torch.OutOfMemoryError):
+            latents(session, 1)
+        made += latents(session, 2)
+    assert difference(expected, made) == 0
 
 
 @pytest.mark.slow
