@@ -55,15 +55,16 @@ class Columns:
 class ColumnDecoder:
     """A rank's columns of what a decoder makes.
 
-    decoder: shares its weights with this one, and is not changed. axis: ranks that have the other columns. joining:
-    class of a layer by the class that it replaces, for layers of which every column needs all others: its layers get
-    `columns`.
+    decoder: shares its weights with this one, and tensors that its layers derived, and is not changed. axis: ranks that
+    have the other columns. joining: class of a layer by the class that it replaces, for layers of which every column
+    needs all others: its layers get `columns`.
     """
 
     def __init__(
         self, decoder: Decoder, axis: Axis, joining: Mapping[type[nn.Module], type[nn.Module]] = MappingProxyType({})
     ) -> None:
-        shared = {id(weight): weight for weight in (*decoder.parameters(), *decoder.buffers())}
+        derived = (value for layer in decoder.modules() for value in vars(layer).values() if isinstance(value, Tensor))
+        shared = {id(tensor): tensor for tensor in (*decoder.parameters(), *decoder.buffers(), *derived)}
         self.columns, self.inner = Columns(axis), copy.deepcopy(decoder, shared)
         for layer in self.inner.modules():
             if isinstance(layer, nn.Conv2d | nn.Conv3d) and layer.padding[-1]:

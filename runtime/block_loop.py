@@ -43,7 +43,7 @@ from .sampler import guided, latent_dtype
 from .sessions.engine_thread import shortages_named
 from .sessions.lockstep import BlockSteps, ForwardRequest, ForwardResult, group_compatible, in_sizes, run_lockstep
 from .sessions.session_state import BlockInFlight, Branch, PromptChange, SessionState
-from .streams import to_device
+from .streams import put_rows, rows_of, to_device
 from .telemetry.records import BlockRecord
 from .worker_client import Handle
 
@@ -226,7 +226,8 @@ class BlockLoop:
                 latents.insert(0, self.with_given(state, scheduled.committed, state.uncommitted))
             by_frame, prompts = self.prompts_of(state, flight)
             run = scheduled.run.with_texts(by_frame)
-            velocity = yield from self.network_pass(state, run, torch.cat(latents), record, prompts)
+            joined = latents[0] if len(latents) == 1 else torch.cat(latents)
+            velocity = yield from self.network_pass(state, run, joined, record, prompts)
             parts = velocity.split([len(part) for part in latents])
             for block, part in zip(flight, parts[-len(flight) :], strict=True):
                 self.advance(state, block, part)
@@ -446,7 +447,7 @@ class BlockLoop:
                     continue
                 velocity = torch.zeros_like(latents)
                 rows = [run.frames.index(frame) for frame in own.frames]
-                velocity[rows] = yield self.request(state, branch, own, latents[rows], others)
+                put_rows(velocity, rows, (yield self.request(state, branch, own, rows_of(latents, rows), others)))
                 velocities[number] = velocity
         return velocities
 
@@ -470,7 +471,7 @@ class BlockLoop:
         with shortages_named():
             results = self.resources.client.execute(GuidedPass(tuple(plans)), latents[None])
         for velocity, branch_plan, result in zip(velocities.values(), plans, results, strict=True):
-            velocity[list(branch_plan.frames)] = result[0]
+            put_rows(velocity, branch_plan.frames, result[0])
         return velocities
 
     def answer(self, requests: Sequence[ForwardRequest]) -> list[ForwardResult]:

@@ -16,6 +16,7 @@ from ..schemes.block_schedule import ScheduledBlock, stream_blocks
 from ..schemes.guidance import Guidance
 from ..schemes.presets import Preset
 from ..schemes.sampler_spec import SamplerSpec
+from .streams import to_device
 
 
 class Sampler:
@@ -77,9 +78,14 @@ def guided(guidance: Guidance, velocities: Mapping[int, Tensor], timesteps: Sequ
     joined = velocities[numbers[-1]]
     for number, weaker in reversed(list(pairwise(numbers))):
         scales = [guidance.scales_at(timestep)[number] for timestep in timesteps]
-        by_frame = joined.new_tensor(scales)[:, None, None, None] if len(set(scales)) > 1 else scales[0]
+        by_frame = _by_frame(scales, joined) if len(set(scales)) > 1 else scales[0]
         joined = joined + by_frame * (velocities[number] - velocities[weaker])
     return joined
+
+
+def _by_frame(values: Sequence[float], like: Tensor) -> Tensor:
+    """Values [F, 1, 1, 1] of frames in the dtype and on the device of a tensor; the host waits for no copy."""
+    return to_device(torch.tensor(values, dtype=like.dtype), like.device)[:, None, None, None]
 
 
 def scheduled_blocks(preset: Preset) -> Iterator[ScheduledBlock]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +17,25 @@ def sendable(tensor: Tensor, device: torch.device) -> Tensor:
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Copy to a device, in the order of the current stream, without waiting on the host."""
     return sendable(tensor, device).to(device, dtype, non_blocking=True)
+
+
+def rows_of(tensor: Tensor, rows: Sequence[int], dim: int = 0) -> Tensor:
+    """Select rows of a dimension: a view where they are neighbours, else a copy.
+
+    An index list would be copied to a GPU, for which the host waits.
+    """
+    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return tensor.narrow(dim, rows[0], len(rows))
+    return torch.cat([tensor.narrow(dim, row, 1) for row in rows], dim)
+
+
+def put_rows(tensor: Tensor, rows: Sequence[int], values: Tensor) -> None:
+    """Write rows of the first dimension, without an index list on the device."""
+    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        tensor.narrow(0, rows[0], len(rows)).copy_(values)
+        return
+    for row, value in zip(rows, values, strict=True):
+        tensor[row].copy_(value)
 
 
 def make_current(device: torch.device) -> None:

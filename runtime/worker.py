@@ -54,7 +54,7 @@ from .plans import (
     WritePages,
     WriteSink,
 )
-from .streams import make_current, to_device
+from .streams import make_current, rows_of
 from .telemetry.profile import synchronise
 
 
@@ -82,7 +82,7 @@ class LocalWorker:
         self.executors = (executor,) if executor is not None else make_executors(config, preset, parts)
         assert len(self.executors) >= len(preset.weight_sets), preset.weight_sets
         self.kv_dtype = self.dtype if config.kv_dtype is None else KV_DTYPES[config.kv_dtype]
-        self.actions = TableSlots(self.device, 2)  # of a pass, and of the one before it
+        self.inputs = TableSlots(self.device, 4)  # actions and timesteps of a pass, and of the one before it
         adapters = {module: Adapter(module) for module in dict.fromkeys(parts.transformers)}
         self.adapters = tuple(adapters[module] for module in parts.transformers)  # of each set of weights
         self.stores: dict[Grid, PagedStore] = {}
@@ -140,7 +140,7 @@ class LocalWorker:
         if plan.actions:
             kinds = self.parts.transformer.spec.action_dim
             assert kinds is not None
-            (actions,) = self.actions.put([F.one_hot(torch.tensor(plan.actions), kinds).to(self.dtype)])
+            (actions,) = self.inputs.put([F.one_hot(torch.tensor(plan.actions), kinds).to(self.dtype)])
         parts = [self.frames[number][executor] for number in plan.frames]
         given: dict[str, Any] = {"given": executor.join_frames(parts)} if parts else {}
         if plan.whole:
@@ -152,9 +152,10 @@ class LocalWorker:
                 given["before"] = latents, first
             return [executor.run_block(self.latent_shape(plan), text, attention, frames, seeds, actions, **given)]
         assert latents is not None
-        timesteps = to_device(torch.tensor(plan.timesteps, dtype=torch.float32), self.device)
+        timesteps = torch.tensor(plan.timesteps, dtype=torch.float32)
         if plan.condition is not None:
             timesteps = torch.stack((timesteps, torch.full_like(timesteps, plan.condition)), dim=-1)
+        (timesteps,) = self.inputs.put([timesteps])
         return [executor.forward(latents, timesteps, text, attention, actions, **given)]
 
     def latent_shape(self, plan: PassPlan) -> tuple[int, int, int]:
@@ -166,7 +167,8 @@ class LocalWorker:
         """Run the branches of this rank's place."""
         place = self.parts.shard.branches.place
         own = [branch for branch in plan.branches if branch.place == place]
-        return [velocity for branch in own for velocity in self.run_pass(branch.run, latents[:, list(branch.frames)])]
+        runs = [self.run_pass(branch.run, rows_of(latents, branch.frames, 1)) for branch in own]
+        return [velocity for velocities in runs for velocity in velocities]
 
     def attention(self, plan: PassPlan) -> KeyValues:
         return self.stores[plan.layout.grid].attention(plan.layout, len(plan.texts))

@@ -339,7 +339,7 @@ def remembered(layer: MemoryBlock, index: int, x: Frames, state: StreamState) ->
     buffer = InputBuffer(x.parts[0], 1, list(map(len, x.parts)), None if history is None else history[:, :, None])
     x.written(buffer.places())
     state.history[index] = buffer.history()[:, :, 0]
-    weight = torch.stack(first.weight.chunk(2, dim=1)[::-1], dim=2).contiguous(memory_format=torch.channels_last_3d)
+    weight = cast(Tensor, first.pair_weight)
     parts = [frames_of(F.conv3d(as_clip(window), weight, padding=(0, 1, 1))) for window in buffer.windows()]
     for conv, bias in ((second, first.bias), (third, second.bias)):
         parts = [convolve_frames(part, conv.weight, 1) for part in Frames(parts, bias, relu=True).summed()]
@@ -369,6 +369,8 @@ def with_gpu_layers(module: Module) -> Module:
             layer.weight.data = layer.weight.data.contiguous(memory_format=layout)
     for layer in enlarged_convs(decoder):
         layer.phase_weight = phase_weight(layer.weight.detach())
+    for first in (layer.conv[0] for layer in decoder.modules() if isinstance(layer, MemoryBlock)):
+        first.pair_weight = pair_weight(cast(nn.Conv2d, first).weight.detach())
     return module
 
 
@@ -425,6 +427,11 @@ def phase_weight(weight: Tensor) -> Tensor:
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     phases = [phase for rows in halved(wide, 2) for phase in halved(rows, 3)]
     return torch.cat(phases).to(weight.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def pair_weight(weight: Tensor) -> Tensor:
+    """Weights [O, 2C, 3, 3] over a frame and the one before it as those [O, C, 2, 3, 3] of two steps in time."""
+    return torch.stack(weight.chunk(2, dim=1)[::-1], dim=2).contiguous(memory_format=torch.channels_last_3d)
 
 
 def pointwise(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:

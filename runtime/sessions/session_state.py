@@ -40,6 +40,7 @@ from ..live_video import LiveVideo
 from ..noise import InjectedNoise, Noise, PhiloxNoise
 from ..resources import Resources
 from ..sampler import Sampler
+from ..streams import rows_of
 from ..worker_client import Handle
 from .saved_values import (
     LARGEST,
@@ -803,7 +804,7 @@ class SessionState:
         """Clean latents [F, C, H, W] of absolute frames that are still kept."""
         assert self.recent is not None
         first = self.timeline.next_frame - len(self.recent)
-        return self.recent[[frame - first for frame in frames]]
+        return rows_of(self.recent, [frame - first for frame in frames])
 
 
 def last_of(before: Tensor | None, new: Tensor, count: int) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import randomise
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from inferix.errors import UsageError
 from inferix.models.wan.taehv import Grow, MemoryBlock, TinyDecoder, tiny_spec_from_shapes
@@ -48,6 +49,24 @@ def test_streaming_equals_the_whole_clip(spec, splits, layers):
     assert got.shape == want.shape == (25, 3, 4 * spec.spatial_stride, 6 * spec.spatial_stride)
     assert len(parts[0]) == splits[0] * 4 - 3
     assert (got - want).abs().max() <= 1e-6
+
+
+@torch.no_grad()
+def test_gpu_layers_read_no_weight_but_in_convolutions():
+    """Those of a frame and the one before it are paired once, not for each frame."""
+    model, readers = with_gpu_layers(make(SMALL[0])), set()
+
+    class Readers(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if any(isinstance(arg, torch.Tensor) and arg.data_ptr() in pairs for arg in args):
+                readers.add(func)
+            return func(*args, **(kwargs or {}))
+
+    pairs = {layer.conv[0].weight.data_ptr() for layer in model.modules() if isinstance(layer, MemoryBlock)}
+    pairs |= {layer.conv[0].pair_weight.data_ptr() for layer in model.modules() if isinstance(layer, MemoryBlock)}
+    with Readers():
+        model.decode(torch.randn(2, 16, 2, 2), model.new_state())
+    assert readers == {torch.ops.aten.convolution.default}
 
 
 def test_a_cloned_state_goes_on_by_itself():

@@ -218,6 +218,14 @@ def test_ranks_that_decode_columns_take_the_plain_layers():
     columns = WAN.column_decoder(fast, Axis()).inner
     assert type(columns) is CausalVae and type(fast) is not CausalVae
     assert columns.post_quant_conv.weight is fast.post_quant_conv.weight
+    own, shared = ({tensor.data_ptr() for tensor in memory_of(model)} for model in (columns, fast))
+    assert own == shared and len(shared) > len(dict(fast.named_parameters()))  # with what was derived of the weights
+
+
+def memory_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Weights of a model, and all other tensors that its layers hold."""
+    held = [value for layer in model.modules() for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    return [*model.parameters(), *model.buffers(), *held]
 
 
 def test_windows_of_an_input_buffer_are_channels_last_and_share_their_past():
