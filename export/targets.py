@@ -18,6 +18,7 @@ FEATURES = {  # what a preset or a command may ask of an engine
     "recomputed context": "segment_frames above 0 or commit false, as in causvid and krea",
     "commit in the next pass": "commit_in_next true",
     "averaged sink": "sink_decay below 1",
+    "sink of a rest": "rest_sink true",
     "context by noise level": "noise2clean_kvrange, clean_chunk_kvrange or clean_text null",
     "several sets of weights": "clean_weights memory, or boundary_ratio above 0",
     "endless window": "local_attn_size -1",
@@ -68,7 +69,7 @@ class Target:
 
 
 SINGLE = frozenset(FEATURES) - {
-    "several blocks in flight", "recomputed context", "commit in the next pass", "averaged sink",
+    "several blocks in flight", "recomputed context", "commit in the next pass", "averaged sink", "sink of a rest",
     "context by noise level", "several sets of weights", "endless window", "channels of frames", "pasted pictures",
     "float16", "bfloat16",
 }  # fmt: skip
@@ -108,6 +109,7 @@ def needed_features(preset: Preset, dtype: str, unroll: bool, prefixes: bool = F
         "recomputed context": context.segment_frames > 0 or not context.commit,
         "commit in the next pass": context.commit_in_next,
         "averaged sink": context.sink_decay < 1,
+        "sink of a rest": context.rest_sink,
         "context by noise level": context.has_key_ranges or context.clean_text != "prompt",
         "several sets of weights": len(preset.weight_sets) > 1,
         "endless window": page_needs(preset).context is None,
