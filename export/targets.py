@@ -73,8 +73,8 @@ class Target:
 
 PLAIN = frozenset(FEATURES) - {
     "several prompts in a pass", "recomputed context", "commit in the next pass", "averaged sink",
-    "sink of a rest", "context by noise level", "several sets of weights", "endless window", "guidance by past", "channels of frames",
-    "unrolled joint steps", "pasted pictures", "float16", "bfloat16",
+    "sink of a rest", "context by noise level", "several sets of weights", "endless window", "guidance by past",
+    "channels of frames", "unrolled joint steps", "pasted pictures", "float16", "bfloat16",
 }  # fmt: skip
 HALF = PLAIN | {"float16"}
 HERE = __package__
