@@ -44,6 +44,11 @@ class ActionTrack:
         twin.starts, twin.indices = list(self.starts), list(self.indices)
         return twin
 
+    def resting_since(self, frame: int) -> int | None:
+        """The frame whose place `frame` still shows, as all after it are at rest; None if `frame` has an action."""
+        run = bisect_right(self.starts, frame) - 1
+        return max(0, self.starts[run] - 1) if self.indices[run] == 0 else None
+
     def of(self, frame: int) -> int:
         """The number of a frame's action."""
         return self.indices[bisect_right(self.starts, frame) - 1]

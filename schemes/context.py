@@ -43,6 +43,8 @@ class ContextPolicy:
     block at timestep 0 (`clamp`); or whole blocks of an image or video are committed, and before each pass the frames
     that are left are put over the first ones of the first block, which keeps its timestep (`paste`); or it is given to
     every pass as channels beside the latents, with a mask, and its frame is generated like any other (`channels`).
+    rest_sink: a frame that leaves the window becomes the sink where the sink shows another place, and all frames after
+    it are at rest (the model's first action). So a stream that stands still keeps what it saw when it arrived.
     sink_decay: share of the sink that stays when a frame leaves the window, whose share is the rest; 1 leaves the sink
     as it is. rewind_blocks: how many of the last blocks a session can be taken back by.
     noise2clean_kvrange: blocks that a block sees, itself the last of them, in each of equally many shares of its steps,
@@ -70,6 +72,7 @@ class ContextPolicy:
     blend_blocks: int = 1
     shot_offset: int = 0
     image: str = "prefix"
+    rest_sink: bool = False
     sink_decay: float = 1.0
     rewind_blocks: int = 0
     noise2clean_kvrange: tuple[int, ...] = ()
@@ -128,6 +131,12 @@ class ContextPolicy:
             raise UsageError(
                 f"clean_weights is {quoted(self.clean_weights)}, but commit_in_next runs a commit and a denoising step "
                 "in one pass; set it to false"
+            )
+        plain = self.commit and self.segment_frames == 0 and not (self.has_key_ranges or self.commit_in_next)
+        if self.rest_sink and (self.local_attn_size == -1 or self.sink_decay < 1 or not plain):
+            raise UsageError(
+                f"rest_sink is true, but local_attn_size is {self.local_attn_size}, sink_decay {self.sink_decay}, or "
+                "the policy recomputes the context, has key ranges or commits in the next block; expected none of these"
             )
         if self.blend_blocks < 1:
             raise UsageError(f"blend_blocks is {self.blend_blocks}; expected 1 or more")
@@ -213,6 +222,11 @@ class ContextPolicy:
             raise UsageError(
                 "commit_sees_sink is false, but window_blocks is 1, and a block that is denoised alone writes in the "
                 "window of its commit; set it to true, or denoise several blocks together"
+            )
+        if self.rest_sink and (window_blocks > 1 or not 0 < self.sink_size <= frames):
+            raise UsageError(
+                f"rest_sink is true, but sink_size is {self.sink_size} and window_blocks {window_blocks}; expected a "
+                f"sink of 1 to {frames} frames, which leave the window at once, and blocks that are denoised alone"
             )
         if self.segment_frames and self.segment_frames < self.rebuild_frames + frames:
             raise UsageError(

@@ -68,6 +68,16 @@ class Timeline:
             self.shot += 1
             self.pin_next = True
 
+    def move_sink(self, arrival: int) -> None:
+        """Make the frames that leave the window of the newest block the sink, if that shows a place left before.
+
+        arrival: the frame since which the stream rests. Pages of these frames are still in the cache.
+        """
+        size, count = self.preset.context.local_attn_size, len(self.sink)
+        first = self.next_frame - size
+        if self.sink[0] < arrival <= first:
+            self.sink = tuple(range(first, first + count))
+
     def visible(self, end: int) -> tuple[int, ...]:
         """Frames seen by those that end before frame `end`, ascending."""
         size = self.preset.context.local_attn_size

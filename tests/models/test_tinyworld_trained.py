@@ -86,6 +86,21 @@ def test_window_and_sink_hold_over_a_long_walk(engine, blocks):
     assert last.std() > 5  # not a flat picture
 
 
+def test_the_sink_of_a_rest_is_kept_in_the_cache():
+    resting = inferix.load("tinyworld", device="cpu", rest_sink=True)
+    walk = ["right"] * 2 + ["stay"] * 8
+    with resting.open(prompt=SCENE.prompt, actions=walk) as session:
+        kept = []
+        for block in session.stream(len(walk) + 1, decode=False):
+            kept.append(session.current.branches[0].cache.frames)
+            assert np.isfinite(block.latents.numpy()).all()
+        assert session.current.timeline.sink == (2,)
+        with session.fork() as fork:
+            next(fork.stream(1, decode=False))
+            assert fork.current.timeline.sink == (2,)
+    assert kept[6] == (0, 2, 3, 4, 5, 6) and kept[7] == (2, 3, 4, 5, 6, 7) and kept[10] == (2, 6, 7, 8, 9, 10)
+
+
 def test_missing_weights_ask_for_a_new_installation(monkeypatch, tmp_path):
     monkeypatch.setitem(FAMILIES["tinyworld"].shipped, "tinyworld", tmp_path / "gone")
     with pytest.raises(InferixError, match=r"tinyworld.*gone'.*reinstall"):

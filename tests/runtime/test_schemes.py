@@ -4,6 +4,7 @@ The dense form of a block: one call over everything it may depend on, every fram
 positions and timestep (`FrameAttention`), repeated for each step.
 """
 
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -18,6 +19,7 @@ from inferix.models.decoder import StreamState
 from inferix.models.registry import PRESETS
 from inferix.runtime.noise import InjectedNoise
 from inferix.runtime.sampler import Sampler, scheduled_blocks
+from inferix.schemes.actions import ActionTrack
 from inferix.schemes.page_needs import page_needs
 from inferix.schemes.timeline import Span, Timeline
 
@@ -555,6 +557,25 @@ def test_a_scene_cut_is_told_by_its_prefix():
     plain = Timeline(PRESETS["self-forcing"])
     plain.cut_shot()
     assert plain.shot == 0
+
+
+def test_the_sink_moves_to_the_place_of_a_rest_as_it_leaves_the_window():
+    preset = replace(PRESETS["tinyworld"], context=replace(PRESETS["tinyworld"].context, rest_sink=True))
+    timeline, seen = Timeline(preset), []
+    track = ActionTrack(("stay", "left"), ["left"] * 7 + ["stay"] * 9 + ["left"] * 2 + ["stay"] * 7)
+    for frame in range(26):
+        timeline.admit()
+        arrival = track.resting_since(frame - 1) if frame else None
+        if arrival is not None:
+            timeline.move_sink(arrival)
+        seen.append(timeline.visible(frame + 1))
+    assert track.resting_since(0) == 0 and track.resting_since(16) == 7 and track.resting_since(17) is None
+    assert seen[11] == (0, 7, 8, 9, 10, 11)
+    assert seen[12] == (7, 8, 9, 10, 11, 12)
+    assert seen[22] == (7, 18, 19, 20, 21, 22)
+    assert seen[25] == (18, 21, 22, 23, 24, 25)
+    plain = Timeline(PRESETS["tinyworld"])
+    assert not plain.preset.context.rest_sink
 
 
 @torch.no_grad()
