@@ -135,6 +135,7 @@ def serve(
     from ..runtime.load import load
     from ..serve.app import Server
     from ..serve.engine_host import engine_limits
+    from ..serve.heap import freeze, limit_arenas
     from ..serve.server import address_of, listen
     from ..serve.server import serve as run
     from ..serve.settings import ServeSettings, check_limits, read_token
@@ -165,6 +166,7 @@ def serve(
     logging.getLogger("inferix.serve").setLevel(logging.INFO)
     if exported is None and (model is not None or preset is not None):
         check_start(model or default_model(preset), preset, {"--image": image})
+    limit_arenas()
     with ExitStack() as stack:
         listener = stack.enter_context(listen(host, port, rules.token))
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inferix-serve-")))
@@ -190,6 +192,7 @@ def serve(
                 typer.echo(f"{engine.parts.source}, preset {engine.preset.name}: open {address}")
             sys.stdout.flush()
 
+        freeze()
         lost = run(Server(engine, rules, place), listener, ready, "info" if verbose else "warning", restart)
     if lost:  # in the place of this process, whose engine may have left anything behind
         os.execv(sys.executable, [sys.executable, "-P", "-m", "inferix", *sys.argv[1:], *again])

@@ -46,6 +46,8 @@ class OnnxRuntime:
 
         self.runtime, self.options = onnxruntime, onnxruntime.SessionOptions()
         self.options.intra_op_num_threads = threads
+        # Each program has threads of its own, which take the cores of others while they wait by spinning.
+        self.options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.options.log_severity_level = 3
 
     def load(self, path: Path, inputs: list[str], outputs: list[str]) -> Program:

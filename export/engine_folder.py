@@ -129,10 +129,10 @@ def describe_programs(engine: Engine, size: tuple[int, int], unroll: bool) -> tu
     """The programs of the transformer and of the decoder for pictures of one size."""
     check_model(engine.parts.transformer)
     preset, spec = engine.preset, engine.spec
-    frames = preset.num_frame_per_block if preset.block_size(0) == preset.num_frame_per_block else None
-    sampler = Sampler(preset.sampler)
     most, block = window(preset), preset.num_frame_per_block
-    limits = {FRAMES: (1, block, most), PAST: (0, most - block, most)}
+    frames = block if preset.block_size(0) == block and preset.window_blocks == 1 else None
+    sampler = Sampler(preset.sampler)
+    limits = {FRAMES: (1, preset.window_blocks * block, most), PAST: (0, most - block, most)}
     programs = pass_programs(engine.parts.transformer, size, sampler, frames, unroll, limits)
     latent = spec.latent_size(size)
     decoder = decoder_programs(engine.parts.vae, spec.out_channels, *latent, preset.context.decoder_zero_start)

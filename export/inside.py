@@ -76,6 +76,7 @@ def load_exported(
 TRACED_WITH: dict[str, Callable[[Preset], Any]] = {  # what the programs of an engine are traced with
     "num_frame_per_block": lambda preset: preset.num_frame_per_block,
     "independent_first_frame": lambda preset: preset.independent_first_frame,
+    "window_blocks": lambda preset: preset.window_blocks,
     "decoder_zero_start": lambda preset: preset.context.decoder_zero_start,
     "local_attn_size": window,  # the longest
 }
@@ -183,7 +184,7 @@ class ExportedDecoder(Decoder):
 
 
 class ExportedExecutor:
-    """Runs passes by programs over pages of float32; see `Executor`. A pass has one group."""
+    """Runs passes by programs over pages of float32; see `Executor`. Groups of a pass see the same frames."""
 
     supports_whole_block = False
 
@@ -236,11 +237,12 @@ class ExportedExecutor:
         """Inputs of a pass by name, the pages of its own frames, and the page store of each layer."""
         if not isinstance(attention, PagedAttention) or attention.scales is not None:
             raise UsageError("pages of an exported engine are float32; leave kv_dtype out")
-        if len(attention.parts) != 1 or attention.parts[0].rows != 1:
-            raise UsageError("an exported engine runs passes of one group; begin without an image")
-        part, rope = attention.parts[0], attention.parts[0].rope_time[0].float()
-        own = part.pages[0].tolist()
-        listed = part.page_table[0, : int(part.page_count[0])].tolist()
+        part, parts = attention.parts[0], attention.parts
+        rope = torch.cat([each.rope_time.flatten(0, 1) for each in parts]).float()
+        own = [page for each in parts for page in each.pages.flatten().tolist()]
+        lists = [row[:count] for each in parts for row, count in zip(each.page_table, each.page_count, strict=True)]
+        listed = lists[0].tolist()
+        assert len(latents) == 1 and all(sorted(row.tolist()) == sorted(listed) for row in lists), parts
         seen = [page for page in listed if page not in own]
         assert isinstance(text, dict)
         values = text | {

@@ -252,7 +252,7 @@ def pass_programs(
     model: Transformer, size: tuple[int, int], sampler: Sampler, frames: int | None, unroll: bool,
     limits: Mapping[str, tuple[int, int, int]],
 ) -> list[Program]:  # fmt: skip
-    """Programs of the transformer. frames: of each block; None where the first block has another number.
+    """Programs of the transformer. frames: of each denoising pass; None where passes have different numbers.
 
     limits: least, usual and largest number of frames of a pass and of its past.
     """

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from ..runtime.media import CONTAINERS, VideoWriter
 from ..runtime.media_input import read_image, read_video
 from ..runtime.y4m import STDOUT, Y4mWriter
 from ..schemes.actions import ActionTrack, check_action, read_actions
-from ..schemes.block_schedule import BlockProgress, commit_pass, denoise_passes, recache_pass
+from ..schemes.block_schedule import ScheduledPass, commit_pass, denoise_passes, recache_pass
 from ..schemes.page_needs import window
 from ..schemes.storyboard import Cue, schedule
 from ..schemes.timeline import Span, Timeline
@@ -75,6 +76,16 @@ class ExportedEngine:
         return stream
 
 
+@dataclass
+class BlockInFlight:
+    """A block being denoised. seen: draws of noise, then velocities, which a row of the solver's matrix weighs."""
+
+    span: Span
+    seen: list[Array]
+    latents: Array
+    step: int = 0
+
+
 @dataclass(frozen=True)
 class MadeBlock:
     """latents [F, C, h, w] float32; frames uint8 [T, H, W, 3], none if it was not decoded; seconds by part."""
@@ -98,6 +109,7 @@ class Stream:
         self.rows: Array = rows[0]
         self.change: tuple[Array, Array, int, int] | None = None  # old rows, new rows, blocks left, blocks
         self.branches = [Branch(plan, self.condition(row)) for row in rows]
+        self.flight: list[BlockInFlight] = []
         self.latents: dict[int, Array] = {}  # clean latents by frame, as far back as a recache goes
         self.state = [np.zeros(shape, np.float32) for shape in plan["decoder"]["state"]]
         self.decoded = 0
@@ -174,51 +186,52 @@ class Stream:
         branch.text = self.condition(self.rows)
         if (recache := recache_pass(self.timeline)) is not None:
             frames = recache.run.frames
-            values = self.pass_inputs(recache.run, branch) | {
-                "latents": np.stack([self.latents[frame] for frame in frames])[None]
-            }
-            self.keep(branch, recache.run, values)
+            self.keep(branch, recache, np.stack([self.latents[frame] for frame in frames]))
 
     def denoise(self) -> tuple[Span, Array]:
-        """Admit a block and take all its steps; returns its clean latents [F, C, h, w]."""
+        """Take steps of the blocks in flight until the first is clean; returns its latents [F, C, h, w]."""
         sampler = self.plan["sampler"]
         first = self.timeline.next_block == 0 and sampler["first"]["matrix"] != sampler["matrix"]
         solver = sampler["first"] if first else sampler
         whole = self.engine.programs.get("steps") if not first and len(self.branches) == 1 else None
-        flight: list[BlockProgress] = []
-        seen: list[Array] = []  # draws of noise, then velocities: what a row of the matrix weighs
-        latents: Array = np.empty(0)
-        admit = self.timeline.admit
-        for scheduled in denoise_passes(self.timeline, flight, solver["timesteps"], lambda: BlockProgress(admit())):
-            run, block = scheduled.run, flight[0]
-            if not seen:
-                shape = tuple(self.plan["size"]["latent"])
-                seen = [normals(self.seed, run.frames, draw, shape) for draw in range(solver["draws"])]
-                latents = seen[0]
-            inputs = [self.pass_inputs(run, branch) for branch in self.branches]
+        admit = partial(self.admit, solver["draws"])
+        for scheduled in denoise_passes(self.timeline, self.flight, solver["timesteps"], admit):
             if whole is not None:
-                latents = whole(inputs[0] | {"noise": np.stack(seen)})["clean"][0]
-                block.step = len(solver["timesteps"])
+                (block,) = self.flight
+                values = self.pass_inputs(scheduled, self.branches[0]) | {"noise": np.stack(block.seen)}
+                block.latents, block.step = whole(values)["clean"][0], len(solver["timesteps"])
                 continue
-            velocities = [self.engine.programs["step"](values | {"latents": latents[None]}) for values in inputs]
+            latents = {"latents": np.concatenate([block.latents for block in self.flight])[None]}
+            inputs = [self.pass_inputs(scheduled, branch) | latents for branch in self.branches]
+            velocities = [self.engine.programs["step"](values) for values in inputs]
             velocity, *negative = (result["velocity"][0] for result in velocities)
             if negative:
                 velocity = negative[0] + np.float32(sampler["guidance_scale"]) * (velocity - negative[0])
-            seen.append(velocity)
-            terms = zip(solver["matrix"][block.step], seen, strict=True)
-            latents = sum(weight * part.astype(np.float64) for weight, part in terms if weight).astype(np.float32)
-            block.step += 1
-        if not np.isfinite(latents).all():
-            raise InferixError(f"block {flight[0].span.index} is not finite; export another checkpoint")
-        return flight[0].span, latents
+            ends = np.cumsum([len(block.latents) for block in self.flight])
+            for block, part in zip(self.flight, np.split(velocity, ends[:-1]), strict=True):
+                block.seen.append(part)
+                terms = zip(solver["matrix"][block.step], block.seen, strict=True)
+                total = sum(weight * term.astype(np.float64) for weight, term in terms if weight)
+                block.latents = np.asarray(total, np.float32)
+                block.step += 1
+        block = self.flight.pop(0)
+        if not np.isfinite(block.latents).all():
+            raise InferixError(f"block {block.span.index} is not finite; export another checkpoint")
+        return block.span, block.latents
+
+    def admit(self, draws: int) -> BlockInFlight:
+        """Admit the next block of the timeline, and draw its noise."""
+        span, shape = self.timeline.admit(), tuple(self.plan["size"]["latent"])
+        noise = [normals(self.seed, span.frames, draw, shape) for draw in range(draws)]
+        return BlockInFlight(span, noise, noise[0])
 
     def commit(self, span: Span, latents: Array) -> None:
         """Run the pass over clean latents that leaves their keys and values."""
         scheduled = commit_pass(self.timeline, span)
         for branch in self.branches:
-            values = self.pass_inputs(scheduled.run, branch) | {"latents": latents[None]}
-            self.keep(branch, scheduled.run, values)
-        context = scheduled.run.groups[0].context
+            self.keep(branch, scheduled, latents)
+        context = scheduled.window
+        assert context is not None
         self.timeline.forget(context)
         self.latents |= dict(zip(span.frames, latents, strict=True))
         oldest = span.frames.stop - window(self.plan.preset)
@@ -241,21 +254,24 @@ class Stream:
         """Cross keys and values of a prompt, by input name."""
         return self.engine.programs["prompt"]({"rows": np.asarray(rows[None], np.float32)})
 
-    def keep(self, branch: Branch, run: Pass, values: Values) -> None:
-        """Run a pass over clean latents, and take its keys and values."""
-        positions = self.positions(run)
-        branch.keep(run.frames, [positions[frame] for frame in run.frames], self.engine.programs["commit"](values))
+    def keep(self, branch: Branch, scheduled: ScheduledPass, latents: Array) -> None:
+        """Run a pass over clean latents [F, C, h, w], and take its keys and values."""
+        frames, positions = scheduled.run.frames, self.positions(scheduled.run)
+        values = self.pass_inputs(scheduled, branch) | {"latents": latents[None]}
+        branch.keep(frames, [positions[frame] for frame in frames], self.engine.programs["commit"](values))
 
     def positions(self, run: Pass) -> dict[int, int]:
         """Position of each frame of a pass's context; where they move with the window, so that its own are absolute."""
-        (group,) = run.groups
+        group, *others = run.groups
+        assert all(other.context == group.context for other in others), run
         moved = group.frames[0] - group.position_of(group.frames[0]) if self.plan["rope"]["moving"] else 0
         return {frame: position + moved for frame, position in zip(group.context, group.positions, strict=True)}
 
-    def pass_inputs(self, run: Pass, branch: Branch) -> Values:
+    def pass_inputs(self, scheduled: ScheduledPass, branch: Branch) -> Values:
         """All inputs of a pass but its latents."""
-        positions = self.positions(run)
-        values = branch.bind({frame: at for frame, at in positions.items() if frame not in run.frames})
+        run, positions = scheduled.run, self.positions(scheduled.run)
+        cached = None if scheduled.window is None else set(scheduled.window) - set(run.frames)
+        values = branch.bind({frame: at for frame, at in positions.items() if frame not in run.frames}, cached)
         angles = np.multiply.outer([float(positions[frame]) for frame in run.frames], self.plan["rope"]["frequencies"])
         values |= {"rope_cos": np.cos(angles).astype(np.float32), "rope_sin": np.sin(angles).astype(np.float32)}
         values["timesteps"] = np.array([run.timesteps], np.float32)

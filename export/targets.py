@@ -15,6 +15,7 @@ from ..schemes.presets import Preset
 FEATURES = {  # what a preset or a command may ask of an engine
     "one block in flight": "window_blocks 1: each block is denoised alone",
     "several blocks in flight": "window_blocks above 1, as in rolling-forcing",
+    "several prompts in a pass": "prompt_switch join with window_blocks above 1, as in magi",
     "recomputed context": "segment_frames above 0 or commit false, as in causvid and krea",
     "commit in the next pass": "commit_in_next true",
     "averaged sink": "sink_decay below 1",
@@ -23,11 +24,13 @@ FEATURES = {  # what a preset or a command may ask of an engine
     "endless window": "local_attn_size -1",
     "first block of one frame": "independent_first_frame",
     "guidance": "guidance_scale other than 1: two pasts under two prompts",
+    "guidance by past": "guidance of several scales, as in magi",
     "recache": "prompt_switch recache",
     "blend": "prompt_switch blend",
     "channels of frames": "image channels: an image and a camera beside the latents, as in lingbot-v2",
     "scene cuts": "shot_offset above 0",
     "unrolled steps": "--unroll: all steps of a block in one program",
+    "unrolled joint steps": "--unroll with window_blocks above 1",
     "prefixes": "--prefixes: streams that begin with an image or a video",
     "pasted pictures": "--prefixes with image paste or clamp: given frames in a block of others",
     "float32": "--dtype float32: weights are stored in it; passes are always in float32",
@@ -67,12 +70,12 @@ class Target:
         return [package for package in self.packages if find_spec(package) is None]
 
 
-SINGLE = frozenset(FEATURES) - {
-    "several blocks in flight", "recomputed context", "commit in the next pass", "averaged sink",
-    "context by noise level", "several sets of weights", "endless window", "channels of frames", "pasted pictures",
-    "float16", "bfloat16",
+PLAIN = frozenset(FEATURES) - {
+    "several prompts in a pass", "recomputed context", "commit in the next pass", "averaged sink",
+    "context by noise level", "several sets of weights", "endless window", "guidance by past", "channels of frames",
+    "unrolled joint steps", "pasted pictures", "float16", "bfloat16",
 }  # fmt: skip
-HALF = SINGLE | {"float16"}
+HALF = PLAIN | {"float16"}
 HERE = __package__
 EVERY = (
     Target("onnx", ".onnx", ("onnx", "onnxscript"), "onnx", f"{HERE}.to_onnx:OnnxWriter",
@@ -80,9 +83,9 @@ EVERY = (
     Target("openvino", ".xml", ("onnx", "onnxscript", "openvino"), "openvino", f"{HERE}.to_openvino:OpenVinoWriter",
            f"{HERE}.backends:OpenVino", "openvino", HALF, "CPU, by OpenVINO"),
     Target("aoti", ".pt2", ("torch",), "", f"{HERE}.to_aoti:AotiWriter", f"{HERE}.backends:AotInductor", "torch",
-           SINGLE, "CPU, by torch"),
+           PLAIN, "CPU, by torch"),
     Target("tensorrt", ".engine", ("onnx", "onnxscript", "tensorrt"), "tensorrt", f"{HERE}.to_tensorrt:TensorRtWriter",
-           f"{HERE}.backends:TensorRt", "tensorrt", SINGLE, ""),
+           f"{HERE}.backends:TensorRt", "tensorrt", PLAIN, ""),
 )  # fmt: skip
 TARGETS: dict[str, Target] = {target.name: target for target in EVERY}
 
@@ -105,6 +108,7 @@ def needed_features(preset: Preset, dtype: str, unroll: bool, prefixes: bool = F
     asked = {
         "one block in flight": preset.window_blocks == 1,
         "several blocks in flight": preset.window_blocks > 1,
+        "several prompts in a pass": preset.window_blocks > 1 and context.prompt_switch == "join",
         "recomputed context": context.segment_frames > 0 or not context.commit,
         "commit in the next pass": context.commit_in_next,
         "averaged sink": context.sink_decay < 1,
@@ -113,11 +117,13 @@ def needed_features(preset: Preset, dtype: str, unroll: bool, prefixes: bool = F
         "endless window": page_needs(preset).context is None,
         "first block of one frame": preset.independent_first_frame and preset.num_frame_per_block > 1,
         "guidance": preset.sampler.guidance_scale != 1,
+        "guidance by past": preset.sampler.guidance is not None,
         "recache": context.prompt_switch == "recache",
         "blend": context.prompt_switch == "blend",
         "channels of frames": context.image == "channels",
         "scene cuts": context.shot_offset > 0,
         "unrolled steps": unroll,
+        "unrolled joint steps": unroll and preset.window_blocks > 1,
         "prefixes": prefixes,
         "pasted pictures": prefixes and context.image in ("paste", "clamp"),
         dtype: True,

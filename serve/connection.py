@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import suppress
 from functools import partial
@@ -276,8 +276,15 @@ class Connection:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        for task in done:
-            if (error := task.exception()) is not None:
-                if not isinstance(error, Closed | WebSocketDisconnect):
-                    LOG.error("a connection failed: %s", one_line(error) if isinstance(error, Exception) else error)
-                raise error
+        errors = [error for task in done if (error := task.exception()) is not None]
+        del tasks, done  # an error refers to this frame, which is not to refer to it: they would be cyclic garbage
+        log_unexpected(errors)
+        if errors:
+            raise errors.pop()
+
+
+def log_unexpected(errors: Sequence[BaseException]) -> None:
+    """Log what is no end of a connection."""
+    for error in errors:
+        if not isinstance(error, Closed | WebSocketDisconnect):
+            LOG.error("a connection failed: %s", one_line(error) if isinstance(error, Exception) else error)

@@ -39,7 +39,8 @@ class Encoder(Protocol):
     def encode(self, frames: Frames) -> list[Payload]:
         """Encode uint8 frames [T, H, W, 3]."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free the codec. Its memory is a C library's, of which Python's collector knows nothing."""
 
 
 class RawPictures:
@@ -99,6 +100,7 @@ class VideoChunks:
 
     def close(self) -> None:
         self.context.encode(None)
+        self.context = None
 
 
 class Collected(RawIOBase):
@@ -144,6 +146,7 @@ class Fragments:
 
     def close(self) -> None:
         self.container.close()
+        self.container = self.stream = None
 
 
 def configure(context: Any, name: str, size: tuple[int, int], fps: float) -> None:

@@ -84,6 +84,8 @@ class EngineHost:
 
     async def close(self, session: Session) -> None:
         """Free a session, if it has not ended already."""
+        if session.closed:
+            return
         with suppress(SessionEnded):
             await self.call(session.close)
 

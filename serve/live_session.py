@@ -341,6 +341,7 @@ class LiveSession:
                 except InferixError as error:
                     LOG.warning("session %s: %s", self.id, one_line(error))
         finally:
+            self._producer = self.newest = None
             self.hub.ended(self)
 
     async def closed(self) -> None:

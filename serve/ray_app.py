@@ -91,8 +91,10 @@ class Engine:
         from ..runtime.load import load
         from .app import Server
         from .engine_host import engine_limits
+        from .heap import freeze, limit_arenas
         from .server import DrainingServer, address_of, listen, make_config
 
+        limit_arenas()
         settings = arguments.settings()
         engine = load(limits=engine_limits(settings), rewind_blocks=arguments.rewind_blocks, **arguments.load)
         self.folder = tempfile.TemporaryDirectory(prefix="inferix-serve-")
@@ -103,6 +105,7 @@ class Engine:
         ready = threading.Event()
         self.runner = DrainingServer(make_config(self.server), self.server, ready.set)
         self.thread = threading.Thread(target=self.runner.run, kwargs={"sockets": [self.listener]}, daemon=True)
+        freeze()
         self.thread.start()
         if not ready.wait(STARTING_SECONDS):
             raise InferixError(f"the server on {self.url} did not start within {STARTING_SECONDS:g} s")

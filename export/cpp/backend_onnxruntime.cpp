@@ -9,7 +9,14 @@ namespace inferix {
 namespace {
 
 const ort::Functions& api() {
-    static const ort::Functions made(OrtGetApiBase()->table(ort::version));
+    static const ort::Functions made = [] {
+        const void* table = OrtGetApiBase()->table(ort::version);
+        if (table == nullptr) {
+            throw std::runtime_error("ONNX Runtime " + std::string(OrtGetApiBase()->release()) +
+                                     " is too old; expected 1.5 or later");
+        }
+        return ort::Functions(table);
+    }();
     return made;
 }
 
@@ -100,6 +107,8 @@ class OnnxRuntime final : public Backend {
         check(api().create_session_options(&options));
         options_.reset(options);
         check(api().set_threads(options, threads));
+        // Each program has threads of its own, which take the cores of others while they wait by spinning.
+        check(api().add_session_config_entry(options, "session.intra_op.allow_spinning", "0"));
     }
 
     std::unique_ptr<Program> load(const ProgramEntry& entry) override {

@@ -1,6 +1,6 @@
 // The functions of ONNX Runtime's C interface that the runner calls, by their places in its table of functions.
 //
-// That table only grows at its end, so a place holds for every release since 1.0, and no header of ONNX Runtime is
+// That table only grows at its end, so a place holds for every release since 1.5, and no header of ONNX Runtime is
 // needed: its Python package has the library alone. Where CMake finds onnxruntime_c_api.h, the test
 // onnxruntime_places compares all that is here with it.
 #pragma once
@@ -22,7 +22,7 @@ struct Shape;
 
 // Numbers of its enumerations.
 constexpr int log_errors = 3, arena = 1, default_memory = 0, float32 = 1;
-constexpr uint32_t version = 1;  // of the table, all of whose places below exist since then
+constexpr uint32_t version = 5;  // of the table, all of whose places below exist since then
 
 // The entry point of the library returns this.
 struct Base {
@@ -49,7 +49,8 @@ struct Functions {
     explicit Functions(const void* t)
         : error_message(t), create_env(t), create_session(t), run(t), create_session_options(t), set_threads(t),
           create_tensor(t), tensor_data(t), axis_count(t), axes(t), shape(t), create_cpu_memory(t), release_env(t),
-          release_status(t), release_session(t), release_value(t), release_shape(t), release_session_options(t) {}
+          release_status(t), release_session(t), release_value(t), release_shape(t), release_session_options(t),
+          add_session_config_entry(t) {}
 
     At<2, const char*(const Status*)> error_message;
     At<3, Status*(int level, const char* name, Env**)> create_env;
@@ -71,6 +72,7 @@ struct Functions {
     At<96, void(Value*)> release_value;
     At<99, void(Shape*)> release_shape;
     At<100, void(SessionOptions*)> release_session_options;
+    At<130, Status*(SessionOptions*, const char* key, const char* value)> add_session_config_entry;
 };
 
 }  // namespace inferix::ort

@@ -33,10 +33,15 @@ Policy::Policy(const Json& preset) {
     recaches = context.at("prompt_switch").string() == "recache";
     blends = context.at("prompt_switch").string() == "blend";
     recache_sink = context.at("recache_sink").truth();
+    const std::string name = preset.at("name").string();
+    if (preset.at("window_blocks").integer() != 1)
+        throw UsageError("preset " + name + " has several blocks in flight (window_blocks " +
+                         std::to_string(preset.at("window_blocks").integer()) +
+                         "), which this runner does not do; use inferix-run, or export another preset");
     bool supported = window > 0 && context.at("commit").truth() && context.at("segment_frames").integer() == 0 &&
-                     context.at("sink_decay").real() == 1 && preset.at("window_blocks").integer() == 1;
+                     context.at("sink_decay").real() == 1;
     if (!supported)
-        throw UsageError("preset " + preset.at("name").string() +
+        throw UsageError("preset " + name +
                          " needs what this runner does not do; use inferix-run, or export another preset");
 }
 

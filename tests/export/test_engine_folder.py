@@ -87,6 +87,7 @@ def steered(engine: Engine, exported: ExportedEngine, blocks: int, guided: bool 
     return max(latents), max(pixels), float(np.mean(share))
 
 
+ROLLING = {"num_frame_per_block": 1, "local_attn_size": 8, "sink_size": 2}
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "moving positions, recached sink, actions": ("tinyworld", 9, {"spec": WORLD}),
     "unrolled": ("tinyworld", 6, {"spec": WORLD, "unroll": True}),
@@ -96,6 +97,9 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "first block of two steps": (
         "self-forcing-framewise", 6,
         {"local_attn_size": 4, "denoising_step_list_first_chunk": (1000, 500), "unroll": True},
+    ),
+    "several blocks in flight, sink beside the window": (
+        "rolling-forcing", 12, {**ROLLING, "spec": WORLD},
     ),
     "blend": ("self-forcing-framewise", 7, {"local_attn_size": 4, "prompt_switch": "blend", "blend_blocks": 3}),
 }  # fmt: skip
@@ -118,9 +122,10 @@ def inside(engine: Engine, folder: Path, **settings: Any) -> Engine:
     return load_exported(folder, Limits(), settings, lambda path: modules[path.stem])
 
 
-def test_sessions_on_an_exported_engine(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("preset", "settings"), [("tinyworld", {}), ("rolling-forcing", ROLLING)])
+def test_sessions_on_an_exported_engine(preset: str, settings: dict[str, Any], tmp_path: Path) -> None:
     """Two sessions in turn, a fork, a rewind and a restored file give what the model itself gives."""
-    model = make_engine("tinyworld", dtype="float32", spec=WORLD, rewind_blocks=2)
+    model = make_engine(preset, dtype="float32", spec=WORLD, rewind_blocks=2, **settings)
     exported = inside(model, write(model, tmp_path / "engine"))
     assert exported.config.executor == "exported"
 
@@ -319,7 +324,7 @@ assert "torch" not in sys.modules
 @pytest.mark.parametrize("name", WAN_PRESETS)
 def test_presets_that_cannot_be_exported_are_refused_before_weights(name: str, tmp_path: Path) -> None:
     """No file of weights is there, so an error of another kind would show that it was looked for."""
-    if name in ("causvid", "krea", "rolling-forcing", "sgf-plus", "sgf-plus-framewise", "self-forcing-a14b"):
+    if name in ("causvid", "krea", "sgf-plus", "sgf-plus-framewise", "self-forcing-a14b"):
         with pytest.raises(UsageError, match=name):
             export_engine(tmp_path / "none.safetensors", name, out=tmp_path / "engine")
     else:

@@ -194,6 +194,7 @@ def test_engines_are_timed_beside_executors(onnx_folder: Path, monkeypatch: pyte
 LONG: dict[str, tuple[str, dict[str, Any], list[str], float]] = {
     "small world": ("tinyworld", {}, ["right"] * 6 + ["down"] * 6, 2e-3),
     "wan-tiny": ("wan-tiny", {"preset": "longlive", "local_attn_size": 9}, [], 2e-3),
+    "wan-tiny, several blocks in flight": ("wan-tiny", {"preset": "rolling-forcing"}, [], 2e-3),
     "wan-tiny, tiny decoder": ("wan-tiny", {"preset": "self-forcing", "local_attn_size": 9, "vae": "taehv"}, [], 2e-3),
 }
 

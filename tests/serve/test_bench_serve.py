@@ -46,11 +46,11 @@ def test_clients_that_come_and_go_leave_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(churn, "WATCHED", (0.1, 0.3))
     monkeypatch.setattr(churn, "CATCH_UP", 0.2)
     limits = {"resume_seconds": 0.3, "stall_seconds": 2.0, "start_seconds": 0.3}
-    settings = ServeSettings(sessions=4, queue=1, realtime=False, recordings_kept=1, **limits)
+    settings = ServeSettings(sessions=3, queue=1, realtime=False, recordings_kept=1, **limits)
     (tmp_path / "results").mkdir()
     with serving(settings, tmp_path) as served:
-        result = churn.run(served.url, [], 3 / 60, 4, PROMPT, None, print, stalled=0.5)
-        assert result.facts["faults"] == [] and result.facts["counts"]["blocks"] > 5, result.facts
+        result = churn.run(served.url, [], 2 / 60, 3, PROMPT, None, print, stalled=0.5)
+        assert result.facts["faults"] == [] and result.facts["counts"]["blocks"] > 2, result.facts
         monkeypatch.setattr(churn, "PATIENCE", 0.5)
         served.server.metrics.live.set(1)
         one = churn.Churn(served.url, None, PROMPT, 0, 0.0, 0.0)

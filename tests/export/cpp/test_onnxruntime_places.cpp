@@ -28,6 +28,7 @@ SAME_PLACE(release_session, ReleaseSession);
 SAME_PLACE(release_value, ReleaseValue);
 SAME_PLACE(release_shape, ReleaseTensorTypeAndShapeInfo);
 SAME_PLACE(release_session_options, ReleaseSessionOptions);
+SAME_PLACE(add_session_config_entry, AddSessionConfigEntry);
 static_assert(offsetof(ort::Base, table) == offsetof(OrtApiBase, GetApi));
 static_assert(offsetof(ort::Base, release) == offsetof(OrtApiBase, GetVersionString));
 static_assert(ort::log_errors == ORT_LOGGING_LEVEL_ERROR && ort::arena == OrtArenaAllocator);
