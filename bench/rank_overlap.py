@@ -23,6 +23,7 @@ from ..runtime.parallel.ranked_worker import RankedWorker
 
 EXCHANGE = "exchange"  # the kind of work of collectives
 DECODE = "decode "  # spans of the decoder's thread begin so
+LEAST = 0.01  # share of collectives; calls one after another share an instant by rounding
 Span = tuple[float, float]  # begin and end, in microseconds
 
 
@@ -75,8 +76,10 @@ def check(trace: Mapping[str, Any]) -> Overlap:
     result = overlap(trace)
     if not result.collectives:
         raise InferixError("the trace has no collective; profile a run of several ranks with executor=fused")
-    if not result.hidden:
-        raise InferixError(f"no collective of {result.collectives:.1f} ms in all overlaps with compute")
+    if result.share < LEAST:
+        raise InferixError(
+            f"{result.hidden:.1f} of {result.collectives:.1f} ms of collectives overlap with compute: a serial order"
+        )
     return result
 
 

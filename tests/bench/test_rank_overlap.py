@@ -24,9 +24,15 @@ def test_time_of_collectives_beside_compute_is_counted_once() -> None:
     assert (found.collectives, found.hidden, found.share) == (20.0, 13.0, 0.65)
 
 
-@pytest.mark.parametrize("events", [SERIAL, [*SERIAL, span("decode 0", 12, 28)], [*SERIAL, span("block 1", 0, 40)]])
+@pytest.mark.parametrize(
+    "events",
+    [
+        SERIAL, [*SERIAL, span("decode 0", 12, 28)], [*SERIAL, span("block 1", 0, 40)],
+        [*SERIAL, span("mm", 9.999, 30.001, "matmul")],
+    ],
+)  # fmt: skip
 def test_a_serial_order_is_rejected(events: list[dict[str, Any]]) -> None:
-    assert overlap({"traceEvents": events}).hidden == 0
+    assert overlap({"traceEvents": events}).hidden < 0.1
     with pytest.raises(InferixError, match=r"20\.0 ms"):
         check({"traceEvents": events})
 
@@ -39,5 +45,5 @@ def test_a_trace_without_collectives_is_rejected() -> None:
 @pytest.mark.slow
 def test_rank_0_decodes_while_collectives_of_the_next_block_run() -> None:
     assert check(run(2, 6, shard_decoder=False)).hidden > 0
-    with pytest.raises(InferixError, match="overlaps"):
+    with pytest.raises(InferixError, match="serial"):
         check(run(2, 3, shard_decoder=True))

@@ -17,6 +17,7 @@ from inferix import UsageError, load
 from inferix.bench import rank_links
 from inferix.cli.main import app
 from inferix.models.registry import MODELS, family_of, make_preset
+from inferix.models.spec import ModelSpec
 from inferix.runtime.capacity import memory_check, rank_planner
 from inferix.runtime.capacity.available_memory import Available
 from inferix.runtime.capacity.gpus import CARDS, card_named
@@ -28,6 +29,8 @@ from inferix.runtime.capacity.rank_choice import choose_ranks
 from inferix.runtime.capacity.rank_planner import choose, plans
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
+from inferix.runtime.parallel.launch import Start
+from inferix.runtime.parallel.rendezvous import LOCAL, Place
 from inferix.runtime.programs.graph_store import card_of
 from inferix.runtime.sampler import scheduled_blocks
 from inferix.schemes.layouts import BRANCHES, HEADS, JOINT, LAYERS, TOKENS, Divided, RankGrid, choose_layout
@@ -370,3 +373,28 @@ def test_memory_is_checked_for_a_rank_and_on_a_cpu_for_all(monkeypatch: pytest.M
         else:
             with pytest.raises(UsageError, match="wan-14b"):
                 check(spec, load.decoder, text=0, fast=None, made_on_host=False)
+
+
+def test_more_ranks_than_gpus_are_refused_here_and_left_to_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, preset = MODELS["wan-ranks"], make_preset("self-forcing")
+    config = EngineConfig.of("wan-ranks", "self-forcing", device="cpu", gpus=4)
+    object.__setattr__(config, "device", "cuda")
+    checked: list[ModelSpec] = []
+    check = MemoryCheck(config, preset)
+    monkeypatch.setattr(MemoryCheck, "__call__", lambda check, spec, *given: stop(checked, spec))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    start = Start(config, preset, check, None, None, {}, True)
+    decoder = family_of(spec).chosen_decoder_spec(spec, tiny=False)
+    with pytest.raises(UsageError, match=r"gpus is 4.*gpus=2"):
+        start(spec, decoder, 0, None, False)
+    for key, value in Place(0, 4, 0, LOCAL, 1234).environment.items():  # two machines of two GPUs
+        monkeypatch.setenv(key, value)
+    with pytest.raises(StopIteration):
+        start(spec, decoder, 0, None, False)
+    assert checked == [spec]
+
+
+def stop(checked: list[ModelSpec], spec: ModelSpec) -> None:
+    """Note a check that was come to, and end what calls it."""
+    checked.append(spec)
+    raise StopIteration
