@@ -1,7 +1,7 @@
 """Predicted times of one world over 1 to 64 GPUs: the model of `inferix plan --gpus`, as a table in Markdown.
 
-`python -m inferix.bench.parallel_model` prints the table of docs/parallel.md. Nothing is measured; every constant is an
-option, and those left out are the planner's.
+`python -m inferix.bench.parallel_model --picture docs/parallel.png` prints the table of docs/parallel.md and draws it.
+Nothing is measured; every constant is an option, and those left out are the planner's.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from ..errors import one_line_errors
 from ..models.registry import MODELS, family_of, make_preset
@@ -16,12 +17,15 @@ from ..runtime.capacity import rank_planner
 from ..runtime.capacity.gpus import CARDS
 from ..runtime.capacity.links import LINKS, Link, read_link
 from ..runtime.capacity.planner import Ceiling, Workload
+from ..runtime.capacity.rank_planner import RankPlan
+from ..runtime.files import check_output, write_atomically
 
 ROWS = (
     ("wan-1.3b", "self-forcing"), ("wan-1.3b", "longlive"), ("wan-14b", "self-forcing"), ("wan-14b", "krea"),
     ("magi-24b", "magi-24b-distill"),
 )  # fmt: skip
 COUNTS = (1, 2, 4, 8, 16, 64)
+DRAWN = (1, 2, 3, 4, 5, 6, 8, 10, 12, 13, 15, 16, 20, 24, 26, 30, 32, 39, 40, 48, 52, 60, 64)  # of the picture
 
 
 def workload(model: str, preset: str) -> Workload:
@@ -30,6 +34,46 @@ def workload(model: str, preset: str) -> Workload:
     return Workload(
         spec, make_preset(preset), decoder, 0, spec.default_size, "bfloat16", "bfloat16", executor="captured"
     )
+
+
+def fastest(load: Workload, count: int, memory: int, ceiling: Ceiling, link: Link) -> RankPlan | str:
+    """The fastest layout of one world of all GPUs that fits, or why there is none."""
+    if count > 1 and not rank_planner.divided_of(load).layouts(count):
+        return "does not divide"
+    listed = rank_planner.plans(load, count, memory, ceiling, link)
+    options = [one for one in listed if one.replicas == 1]
+    best = min((one for one in options if one.fits), key=lambda one: one.block, default=None)
+    return best or ("does not fit" if options else "does not divide")
+
+
+def picture(card: str, links: Sequence[Link], path: Path) -> None:
+    """Draw milliseconds a pass over GPUs, a panel for each model and preset, a line for each link."""
+    from matplotlib.figure import Figure
+
+    known = CARDS[card]
+    ceiling, memory = Ceiling(known.tflops, known.bandwidth, known.name), known.memory_gb * 10**9
+    figure = Figure(figsize=(7.2, 8.4), layout="constrained")
+    for axis, (model, preset) in zip(figure.subplots(3, 2, sharex=True).flat, ROWS, strict=False):
+        load = workload(model, preset)
+        for number, link in enumerate(links):
+            plans = [(count, fastest(load, count, memory, ceiling, link)) for count in DRAWN]
+            points = [(count, plan.per_pass) for count, plan in plans if isinstance(plan, RankPlan)]
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=link.source)
+            if number == 0:
+                first, time = points[0]
+                axis.plot([first, 64], [time, time * first / 64], color="#6b7280", linestyle=":", label="1/N")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks([1, 2, 4, 8, 16, 32, 64], labels=["1", "2", "4", "8", "16", "32", "64"])
+        axis.set_title(f"{model}, {preset}", fontsize=9)
+        axis.grid(color="#d9dde3", linewidth=0.6)
+    legend = figure.axes[-1]
+    legend.axis("off")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    legend.legend(handles, labels, loc="center", frameon=False, fontsize=9)
+    figure.supxlabel(f"GPUs of one world ({card}; numbers that divide the model)", fontsize=9)
+    figure.supylabel("ms a pass, predicted by a model, not measured", fontsize=9)
+    write_atomically(path, lambda part: figure.savefig(part, dpi=130, format="png", metadata={"Software": None}))
 
 
 def table(card: str, links: Sequence[Link], counts: Sequence[int] = COUNTS) -> Iterator[str]:
@@ -43,11 +87,9 @@ def table(card: str, links: Sequence[Link], counts: Sequence[int] = COUNTS) -> I
         for link in links:
             cells = []
             for count in counts:
-                listed = rank_planner.plans(load, count, memory, ceiling, link)
-                options = [one for one in listed if one.replicas == 1]
-                best = min((one for one in options if one.fits), key=lambda one: one.block, default=None)
-                if best is None:
-                    cells.append("does not fit" if options else "does not divide")
+                best = fastest(load, count, memory, ceiling, link)
+                if isinstance(best, str):
+                    cells.append(best)
                     continue
                 layout = "" if best.ranks == 1 else f" {best.layout}"
                 cells.append(f"{best.per_pass:.1f}{layout}{', shard_weights' if best.shard_weights else ''}")
@@ -60,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--link", action="append", help=f"{', '.join(LINKS)}, or a JSON file; repeatable")
     parser.add_argument("--bandwidth", type=float, help="GB/s of every link, in place of its own")
     parser.add_argument("--latency", type=float, help="microseconds of a collective, in place of the link's own")
+    parser.add_argument("--picture", type=Path, help="PNG file to draw to")
     chosen = parser.parse_args(arguments)
     links = [read_link(name) for name in chosen.link or LINKS]
     if chosen.bandwidth is not None:
@@ -67,6 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.latency is not None:
         links = [replace(link, latency=chosen.latency) for link in links]
     print("\n".join(table(chosen.card, links)))
+    if chosen.picture is not None:
+        picture(chosen.card, links, check_output(chosen.picture))
 
 
 if __name__ == "__main__":

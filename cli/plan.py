@@ -25,7 +25,9 @@ def plan(
     memory: str | None = typer.Option(None, help="Available memory, such as 24GB (10^9 bytes) or 22GiB (2^30)."),
     gpu: str | None = typer.Option(None, help=f"A known card, for memory and speed: {', '.join(CARDS)}."),
     gpus: int | None = typer.Option(None, metavar="N", help="Compare the layouts of this many GPUs; needs --gpu."),
-    link: str = typer.Option("nvlink", help="Link between GPUs: nvlink, pcie, or a JSON file of a measured one."),
+    link: str = typer.Option(
+        "nvlink", help="Link between GPUs: nvlink, pcie, nodes (between machines), or a JSON file of a measured one."
+    ),
     measured: Path | None = typer.Option(
         None, help="With --gpus: file of inferix bench parallel --model, whose times replace predicted ones."
     ),

@@ -167,9 +167,6 @@ class EngineConfig:
                 f"graphs is {quoted(self.graphs)} with gpus={self.gpus}, but stored graphs are of one rank; leave "
                 "graphs out: each rank traces its own at the start"
             )
-        if self.device.startswith("cuda") and torch.cuda.device_count() < self.gpus:
-            count = torch.cuda.device_count()
-            raise UsageError(f"gpus is {self.gpus}, but there are {count} here; give gpus={count}, or device=cpu")
 
     def _check_capabilities(self) -> None:
         """UsageError for a setting that the executor does not take."""

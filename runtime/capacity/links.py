@@ -21,6 +21,7 @@ class Link:
 LINKS = {
     "nvlink": Link(300, 15, "nvlink, assumed"),
     "pcie": Link(20, 30, "pcie, assumed"),
+    "nodes": Link(50, 30, "two nodes, 400 Gb/s a GPU, assumed"),  # every collective as slow as between machines
 }
 
 

@@ -92,6 +92,9 @@ class Start:
         if ":" in config.device:
             message = f"device is {quoted(config.device)} with gpus={config.gpus}"
             raise UsageError(f"{message}; ranks take GPUs 0, 1, ...: use cuda")
+        if config.device.startswith("cuda") and Place.of() is None and torch.cuda.device_count() < config.gpus:
+            count = torch.cuda.device_count()  # a launcher may have ranks on other machines
+            raise UsageError(f"gpus is {config.gpus}, but there are {count} here; give gpus={count}, or device=cpu")
         self.check(spec, decoder, text, fast, made_on_host, files)
         size = self.size or spec.default_size
         together = decoder_ranks(spec, size, config.gpus, config.shard_decoder) > 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import ROWS, SIZE
+from oracles import ROWS, SIZE, TINY
 from thread_ranks import grid_of, pair, thread_engine
 from typer.testing import CliRunner
 
@@ -17,21 +17,26 @@ from inferix import UsageError, load
 from inferix.bench import rank_links
 from inferix.cli.main import app
 from inferix.models.registry import MODELS, family_of, make_preset
+from inferix.models.spec import ModelSpec
 from inferix.runtime.capacity import memory_check, rank_planner
 from inferix.runtime.capacity.available_memory import Available
 from inferix.runtime.capacity.gpus import CARDS, card_named
 from inferix.runtime.capacity.links import LINKS, read_link
 from inferix.runtime.capacity.measured_layouts import read_measured
 from inferix.runtime.capacity.memory_check import MemoryCheck
-from inferix.runtime.capacity.planner import Ceiling, Workload, steady_blocks
+from inferix.runtime.capacity.planner import Ceiling, Workload, blocks_before_repeat, steady_blocks
 from inferix.runtime.capacity.rank_choice import choose_ranks
 from inferix.runtime.capacity.rank_planner import choose, plans
 from inferix.runtime.config import EngineConfig
+from inferix.runtime.engine import Engine
+from inferix.runtime.parallel.launch import Start
+from inferix.runtime.parallel.rendezvous import LOCAL, Place
 from inferix.runtime.programs.graph_store import card_of
 from inferix.runtime.sampler import scheduled_blocks
 from inferix.schemes.layouts import BRANCHES, HEADS, JOINT, LAYERS, TOKENS, Divided, RankGrid, choose_layout
 
 H200 = CARDS["h200"]
+QUICK = {("rebuilt context", HEADS), ("small world", TOKENS)}  # the others run with the slow tests
 CEILING = Ceiling(H200.tflops, H200.bandwidth, "maker's figures")
 
 
@@ -68,6 +73,56 @@ def test_bytes_sent_in_a_block_equal_the_formula(
         (block,) = steady_blocks(load.preset)
         assert traffic.sent - before[0] == rank_planner.block_bytes(load, block, grid)
         assert traffic.calls - before[1] == rank_planner.block_collectives(load, block, grid)
+
+
+WALKING = replace(TINY, actions=("stay", "left", "right"), grid=(4, 6), default_size=SIZE)
+MORE: dict[str, tuple[str, dict[str, object]]] = {
+    "rebuilt context": ("krea", {"rebuild_frames": 3, "denoising_step_list": [1000]}),
+    "staggered": (
+        "rolling-forcing", {"local_attn_size": 9, "window_blocks": 2, "denoising_step_list": [1000, 500]}
+    ),
+    "guidance": ("causal-diffusion", {"num_steps": 2}),
+    "averaged sink": (
+        "longlive", {"sink_decay": 0.9, "local_attn_size": 6, "sink_size": 1, "denoising_step_list": [1000]}
+    ),
+    "small world": ("tinyworld", {"num_steps": 2, "spec": WALKING}),
+}  # fmt: skip
+LAYOUTS_OF_MORE = [
+    pytest.param(name, layout, 2, marks=() if (name, layout) in QUICK else pytest.mark.slow)
+    for name in MORE for layout in (HEADS, TOKENS)
+] + [pytest.param(name, JOINT, 4, marks=pytest.mark.slow) for name in MORE if name != "small world"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "layout", "ranks"), LAYOUTS_OF_MORE)
+def test_bytes_of_all_kinds_of_passes_equal_the_formula(name: str, layout: str, ranks: int) -> None:
+    preset, settings = MORE[name]
+    own = {key: value for key, value in settings.items() if key != "spec"}
+    more = {"negative_embeds": ROWS * 0.5} if name == "guidance" else {}
+    with pair(preset, layout, ranks, **settings) as (_, engine):
+        load = replace(workload("wan-tiny", preset, **own), spec=engine.spec, size=SIZE, dtype="float64")
+        check_bytes(load, engine, ROWS, grid_of(engine, ranks, layout), more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "ranks"), [(HEADS, 2), (TOKENS, 2), (JOINT, 4)])
+@pytest.mark.parametrize("preset", ["magi-tiny", "magi-tiny-distill"])
+def test_bytes_of_chunks_in_flight_equal_the_formula(preset: str, layout: str, ranks: int) -> None:
+    alone = load("magi-tiny", preset, device="cpu", dtype="float64", num_steps=8)
+    with thread_engine(alone, ranks, layout) as engine:
+        of_model = replace(workload("magi-tiny", preset, num_steps=8), dtype="float64")
+        rows = torch.ones(3, alone.spec.text_dim, dtype=torch.float64)
+        check_bytes(of_model, engine, rows, grid_of(engine, ranks, layout), {})
+
+
+def check_bytes(load: Workload, engine: Engine, rows: torch.Tensor, grid: RankGrid, more: dict[str, object]) -> None:
+    """Compare bytes and collectives of a period of steady blocks with the planner's."""
+    traffic, blocks = engine.resources.worker.group.traffic, steady_blocks(load.preset)
+    with engine.open(prompt_embeds=rows, size=load.size, **more) as session:
+        list(session.stream(blocks_before_repeat(load.preset), decode=False))
+        before = traffic.sent, traffic.calls
+        list(session.stream(len(blocks), decode=False))
+    assert traffic.sent - before[0] == sum(rank_planner.block_bytes(load, block, grid) for block in blocks) > 0
+    assert traffic.calls - before[1] == sum(rank_planner.block_collectives(load, block, grid) for block in blocks)
 
 
 @pytest.mark.parametrize(
@@ -318,3 +373,28 @@ def test_memory_is_checked_for_a_rank_and_on_a_cpu_for_all(monkeypatch: pytest.M
         else:
             with pytest.raises(UsageError, match="wan-14b"):
                 check(spec, load.decoder, text=0, fast=None, made_on_host=False)
+
+
+def test_more_ranks_than_gpus_are_refused_here_and_left_to_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, preset = MODELS["wan-ranks"], make_preset("self-forcing")
+    config = EngineConfig.of("wan-ranks", "self-forcing", device="cpu", gpus=4)
+    object.__setattr__(config, "device", "cuda")
+    checked: list[ModelSpec] = []
+    check = MemoryCheck(config, preset)
+    monkeypatch.setattr(MemoryCheck, "__call__", lambda check, spec, *given: stop(checked, spec))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    start = Start(config, preset, check, None, None, {}, True)
+    decoder = family_of(spec).chosen_decoder_spec(spec, tiny=False)
+    with pytest.raises(UsageError, match=r"gpus is 4.*gpus=2"):
+        start(spec, decoder, 0, None, False)
+    for key, value in Place(0, 4, 0, LOCAL, 1234).environment.items():  # two machines of two GPUs
+        monkeypatch.setenv(key, value)
+    with pytest.raises(StopIteration):
+        start(spec, decoder, 0, None, False)
+    assert checked == [spec]
+
+
+def stop(checked: list[ModelSpec], spec: ModelSpec) -> None:
+    """Note a check that was come to, and end what calls it."""
+    checked.append(spec)
+    raise StopIteration
