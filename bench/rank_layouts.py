@@ -12,12 +12,12 @@ import torch
 
 from ..errors import UsageError
 from ..runtime.capacity import planner
+from ..runtime.capacity.device_name import card_of
 from ..runtime.capacity.rank_planner import divided
 from ..runtime.engine import Engine
 from ..runtime.load import load
 from ..runtime.parallel.ranked_worker import RankedWorker
 from ..runtime.parallel.rendezvous import Place
-from ..runtime.programs.graph_store import card_of
 from ..schemes.layouts import LAYERS
 
 TEXT_ROWS = 64  # of a prompt's embeddings

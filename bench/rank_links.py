@@ -9,11 +9,11 @@ from statistics import median
 from typing import Any
 
 from ..errors import UsageError
+from ..runtime.capacity.device_name import card_of
 from ..runtime.files import check_output, write_atomically
 from ..runtime.load import load
 from ..runtime.parallel.ranked_worker import RankedWorker
 from ..runtime.plans import TimeExchange
-from ..runtime.programs.graph_store import card_of
 
 MODEL = "wan-ranks"  # small, and divided by many numbers of ranks
 SMALL, LARGE = 1 << 10, 1 << 24  # bytes that each rank has in a collective

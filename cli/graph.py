@@ -320,7 +320,8 @@ def print_stored(
     """Open a folder of graphs, add those of streams in batches up to `sessions` if `make`, and list its graphs."""
     import torch
 
-    from ..runtime.programs.graph_store import GraphStore, card_of
+    from ..runtime.capacity.device_name import card_of
+    from ..runtime.programs.graph_store import GraphStore
     from ..runtime.programs.warmup import graph_keys
 
     batches = [1 << power for power in range(sessions.bit_length())]

@@ -42,6 +42,7 @@ from .arguments import (
 )
 from .arguments import size as picture_size
 from .block_loop import BlockLoop
+from .capacity.device_name import card_of
 from .capacity.rank_planner import check_pictures
 from .config import EngineConfig
 from .execution.decode_pipeline import DecoderTrack
@@ -53,7 +54,6 @@ from .limits import Limits
 from .media_input import FITS
 from .noise import SEED, Noise, PhiloxNoise
 from .plans import RefreshWeights, UseAdapter
-from .programs.graph_store import card_of
 from .resources import make_resources
 from .sampler import Sampler
 from .sessions.batch_profile import BatchProfile, read_profiles

@@ -9,8 +9,8 @@ import torch
 
 from ...schemes.layouts import AUTO, LAYERS, RankGrid, choose_layout
 from ..config import EVERY_BLOCK, EngineConfig
-from ..programs.graph_store import card_of
 from . import rank_planner
+from .device_name import card_of
 from .gpus import CARDS, card_named
 from .links import LINKS
 from .measured_layouts import MeasuredLayouts, read_measured

@@ -14,7 +14,7 @@ import torch
 from ...models.spec import ModelSpec
 from ...schemes.presets import Preset
 from ...version import __version__
-from ..programs.graph_store import card_of
+from ..capacity.device_name import card_of
 
 SAMPLES, SAMPLE = 64, 1 << 16  # parts of a file that are read, and bytes of each
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from ...graphs.codec import decode_lowered, encode_lowered
 from ...graphs.lowered import Lowered, digest
 from ...models.files import check_file, parse_json, reason
 from ...version import __version__
+from ..capacity.device_name import card_of
 from ..files import write_atomically
 from .graph_builder import GraphBuilder, GraphKey, lowered_graph
 
@@ -51,14 +51,6 @@ def identity(graphs: GraphBuilder) -> dict[str, Any]:
     }
     plain: dict[str, Any] = json.loads(json.dumps(values))
     return plain
-
-
-def card_of(device: torch.device) -> str:
-    """Name of the device: a GPU with its compute capability, or the CPU's architecture."""
-    if device.type != "cuda":
-        return f"{device.type} {platform.machine()}"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"{torch.cuda.get_device_name(device)} sm_{major}{minor}"
 
 
 def installed(package: str) -> str | None:

@@ -20,6 +20,7 @@ from inferix.models.registry import MODELS, family_of, make_preset
 from inferix.models.spec import ModelSpec
 from inferix.runtime.capacity import memory_check, rank_planner
 from inferix.runtime.capacity.available_memory import Available
+from inferix.runtime.capacity.device_name import card_of
 from inferix.runtime.capacity.gpus import CARDS, card_named
 from inferix.runtime.capacity.links import LINKS, read_link
 from inferix.runtime.capacity.measured_layouts import read_measured
@@ -31,7 +32,6 @@ from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
 from inferix.runtime.parallel.launch import Start
 from inferix.runtime.parallel.rendezvous import LOCAL, Place
-from inferix.runtime.programs.graph_store import card_of
 from inferix.runtime.sampler import scheduled_blocks
 from inferix.schemes.layouts import BRANCHES, HEADS, JOINT, LAYERS, TOKENS, Divided, RankGrid, choose_layout
 
