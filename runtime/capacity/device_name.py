@@ -1,4 +1,4 @@
-"""Name of a device; results and stored graphs of another are refused by it."""
+"""Names of devices, by which stored graphs, ranks and measured times know their machine."""
 
 from __future__ import annotations
 
