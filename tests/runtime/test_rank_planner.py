@@ -364,7 +364,7 @@ def test_memory_is_checked_for_a_rank_and_on_a_cpu_for_all(monkeypatch: pytest.M
     spec, preset = MODELS["wan-14b"], make_preset("self-forcing")
     load = workload("wan-14b")
     both = 2 * rank_planner.rank_memory(replace(load, dtype="float32", kv_dtype="float32"), RankGrid(2), 1, decoders=2)
-    config = EngineConfig.of("wan-14b", "self-forcing", device="cpu", gpus=2)
+    config = EngineConfig.of("wan-14b", "self-forcing", device="cpu", gpus=2, parallel="ulysses")
     check = MemoryCheck(config, preset)
     for count, fits in ((both, True), (both - 1, False)):
         monkeypatch.setattr(memory_check, "available_memory", lambda device, count=count: Available(count, "test"))
