@@ -58,6 +58,8 @@ def picture(card: str, links: Sequence[Link], path: Path) -> None:
         for number, link in enumerate(links):
             plans = [(count, fastest(load, count, memory, ceiling, link)) for count in DRAWN]
             points = [(count, plan.per_pass) for count, plan in plans if isinstance(plan, RankPlan)]
+            if not points:  # it fits nowhere
+                continue
             axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=link.source)
             if number == 0:
                 first, time = points[0]

@@ -48,6 +48,7 @@ def measure(
     about = {
         "model": alone.spec.name, "preset": alone.preset.name, "size": list(pictures), "dtype": alone.config.dtype,
         "device": card_of(alone.device), "executor": alone.config.executor, "blocks": blocks,
+        "kv_dtype": alone.config.kv_dtype or alone.config.dtype,
     }  # fmt: skip
     del alone
     for ranks in (count for count in range(2, gpus + 1) if gpus % count == 0):
@@ -59,6 +60,7 @@ def measure(
                 rows.append(row(layout, ranks, timed(engine, pictures, blocks), log))
             finally:
                 worker.end()
+            del engine, worker  # before the next one's weights are read
     return {**about, "layouts": rows}
 
 

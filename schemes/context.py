@@ -133,10 +133,11 @@ class ContextPolicy:
                 "in one pass; set it to false"
             )
         plain = self.commit and self.segment_frames == 0 and not (self.has_key_ranges or self.commit_in_next)
-        if self.rest_sink and (self.local_attn_size == -1 or self.sink_decay < 1 or not plain):
+        if self.rest_sink and (self.local_attn_size == -1 or self.sink_decay < 1 or self.shot_offset or not plain):
             raise UsageError(
-                f"rest_sink is true, but local_attn_size is {self.local_attn_size}, sink_decay {self.sink_decay}, or "
-                "the policy recomputes the context, has key ranges or commits in the next block; expected none of these"
+                f"rest_sink is true, but local_attn_size is {self.local_attn_size}, sink_decay {self.sink_decay}, "
+                f"shot_offset {self.shot_offset}, or the policy recomputes the context, has key ranges or commits in "
+                "the next block; expected none of these"
             )
         if self.blend_blocks < 1:
             raise UsageError(f"blend_blocks is {self.blend_blocks}; expected 1 or more")

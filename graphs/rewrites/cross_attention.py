@@ -33,7 +33,7 @@ def cross_attention(graph: PassGraph) -> int:
     """Put `inferix::block_attention` in the place of torch's attention."""
     edit, places = Editor(graph.graph), 0
     target = aten.scaled_dot_product_attention.default
-    for dtype in {fake(node).dtype for node in graph.graph.find_nodes(op="call_function", target=target)}:
+    for dtype in dict.fromkeys(fake(node).dtype for node in graph.graph.find_nodes(op="call_function", target=target)):
         for match in pattern(dtype).matches(graph.graph):
             fuse(graph, edit, match)
             places += 1

@@ -8,6 +8,7 @@ Claim: equal to rounding; the kernel normalises the sum before it is rounded.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -45,14 +46,19 @@ def gated_norm(graph: PassGraph) -> int:
     """Put `inferix::gated_norm` in the place of sums, and let each take in the norm after it."""
     edit, places = Editor(graph.graph), 0
     norms = graph.graph.find_nodes(op="call_function", target=aten.layer_norm.default)
-    for dtype in {fake(norm).dtype for norm in norms}:
-        for update in {dtype, torch.promote_types(dtype, torch.float32)}:
+    for dtype in narrowest_first(fake(norm).dtype for norm in norms):
+        for update in dict.fromkeys((dtype, torch.promote_types(dtype, torch.float32))):
             for match in pattern(dtype, update).matches(graph.graph):
                 fuse(edit, match)
                 places += 1
     for node in graph.graph.find_nodes(op="call_function", target=GATED_NORM):
         take_in(edit, node)
     return places
+
+
+def narrowest_first(dtypes: Iterable[torch.dtype]) -> list[torch.dtype]:
+    """Each dtype once: the wide form of the sum also matches inside the narrow one, and would leave its casts."""
+    return sorted(set(dtypes), key=lambda dtype: (dtype.itemsize, str(dtype)))
 
 
 def fuse(edit: Editor, match: Match) -> None:

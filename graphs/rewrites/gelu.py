@@ -31,9 +31,9 @@ def pattern(dtype: torch.dtype) -> Pattern:
 def gelu(graph: PassGraph) -> int:
     """Put `inferix::linear_gelu` in the place of a linear layer and its GELU."""
     edit, places = Editor(graph.graph), 0
-    for dtype in {
+    for dtype in dict.fromkeys(
         fake(node).dtype for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.gelu.default)
-    }:
+    ):
         for match in pattern(dtype).matches(graph.graph):
             fuse(edit, match)
             places += 1

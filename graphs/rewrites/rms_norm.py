@@ -43,7 +43,7 @@ def rms_norm(graph: PassGraph) -> int:
     """Put `inferix::rms_norm` in the place of norms."""
     edit, places = Editor(graph.graph), 0
     roots = (aten.rsqrt.default, aten.rms_norm.default)
-    for dtype in {fake(node).dtype for node in graph if node.target in (aten.mul.Tensor, *roots)}:
+    for dtype in dict.fromkeys(fake(node).dtype for node in graph if node.target in (aten.mul.Tensor, *roots)):
         for pattern in patterns(dtype) if dtype.is_floating_point else ():
             for match in pattern.matches(graph.graph):
                 fuse(edit, match)

@@ -49,4 +49,4 @@ def halves(silu: fx.Node) -> fx.Node | None:
     assert isinstance(whole, fx.Node)
     last, half = len(shape(whole)) - 1, shape(whole)[-1] // 2
     bounds = [part.args[1:4] for part in (gate, value)]
-    return whole if bounds == [(last, 0, half), (last, half, 2 * half)] else None
+    return whole if shape(whole)[-1] == 2 * half and bounds == [(last, 0, half), (last, half, 2 * half)] else None

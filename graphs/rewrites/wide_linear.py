@@ -26,6 +26,8 @@ def wide_linear(graph: PassGraph) -> int:
         x, weight = (cast_of_half(part) for part in node.args[:2])
         if x is None or weight is None or len(node.args) > 2 or fake(x).dtype != fake(weight).dtype:
             continue
+        if shape(weight) != shape(node.args[1]):  # of a matrix that is a view of something else
+            continue
         with edit.before(node):
             *rows, inner = shape(x)
             out = edit.scratch((prod(rows), shape(weight)[0]), torch.float32, fake(node).device)

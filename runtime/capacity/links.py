@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...errors import UsageError, nearest, quoted
 from ...models.files import parse_json
@@ -33,11 +35,15 @@ def read_link(name: str) -> Link:
     if not path.is_file():
         raise UsageError(f"link is {quoted(name)}{nearest(name, LINKS)}; expected {', '.join(LINKS)}, or a JSON file")
     try:
-        content = parse_json(path.read_text("utf-8"))
-        bandwidth, latency = float(content["bandwidth"]), float(content["latency"])
+        return measured_link(parse_json(path.read_text("utf-8")), path.name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = f"link is {quoted(name)}; expected bandwidth and latency in it"
         raise UsageError(f"{message}: {quoted(str(error))}") from error
+
+
+def measured_link(content: Mapping[str, Any], file: str) -> Link:
+    """The link in a file's content; ValueError, KeyError or TypeError where it has none."""
+    bandwidth, latency = float(content["bandwidth"]), float(content["latency"])
     if not (0 < bandwidth < float("inf") and 0 <= latency < float("inf")):
-        raise UsageError(f"link is {quoted(name)} with bandwidth {bandwidth} and latency {latency}; expected above 0")
-    return Link(bandwidth, latency, f"{path.name}, measured")
+        raise ValueError(f"bandwidth {bandwidth} and latency {latency}; expected above 0")
+    return Link(bandwidth, latency, f"{file}, measured")

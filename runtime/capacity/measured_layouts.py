@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import UsageError, quoted
 from ...models.files import parse_json
 from .gpus import card_named
-from .links import Link
+from .links import Link, measured_link
 from .planner import Workload
 
 MEASURE = "measure here: inferix bench parallel --model MODEL --preset PRESET --out FILE"
@@ -21,7 +21,8 @@ Layout = tuple[str, int, bool]  # name, ranks, and whether they divide the weigh
 class MeasuredLayouts:
     """Milliseconds of a steady block by layout, decoder included.
 
-    file: where they are from. about: model, preset, size, dtype and device of the run. link: measured beside them.
+    file: where they are from. about: model, preset, size, dtype and device of the run, executor and kv_dtype where the
+    file has them. link: measured beside them.
     """
 
     file: str
@@ -30,7 +31,7 @@ class MeasuredLayouts:
     link: Link | None = None
 
     def check(self, load: Workload, device: str | None = None, card: str | None = None) -> None:
-        """UsageError for times of another model, preset, size, dtype or machine.
+        """UsageError for times of another model, preset, size, dtype, executor or machine.
 
         device: as `card_of` names it. card: name of a known card, where the device is not here.
         """
@@ -38,14 +39,14 @@ class MeasuredLayouts:
             "model": load.spec.name, "preset": load.preset.name, "size": list(load.size), "dtype": load.dtype,
         }  # fmt: skip
         there = dict(self.about)
-        if device is not None:
-            here["device"] = device
+        if device is not None:  # an engine, whose settings are known
+            here |= {"device": device, "executor": load.executor, "kv_dtype": load.kv_dtype}
         if card is not None:
             known = card_named(str(there["device"]))
             here["device"] = card
             there["device"] = there["device"] if known is None else known.name
         for key, value in here.items():
-            if there[key] != value:
+            if there.get(key, value) != value:
                 raise UsageError(
                     f"measured {quoted(self.file)} is of {key} {quoted(str(there[key]))}, and here it is "
                     f"{quoted(str(value))}; {MEASURE}"
@@ -64,16 +65,23 @@ def read_measured(name: str) -> MeasuredLayouts:
     try:
         content = parse_json(path.read_text("utf-8"))
         about = {key: content[key] for key in ("model", "preset", "size", "dtype", "device")}
+        about |= {key: content[key] for key in ("executor", "kv_dtype") if key in content}
         blocks = {
-            (str(row["layout"]), int(row["ranks"]), bool(row["shard_weights"])): float(row["block_ms"])
+            (str(row["layout"]), int(row["ranks"]), flag(row["shard_weights"])): float(row["block_ms"])
             for row in content["layouts"]
         }
-        link = None
-        if "bandwidth" in content:
-            link = Link(float(content["bandwidth"]), float(content["latency"]), f"{path.name}, measured")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        link = measured_link(content, path.name) if "bandwidth" in content else None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         message = f"measured is {quoted(name)}; expected model, preset, size, dtype, device and layouts in it"
         raise UsageError(f"{message}: {quoted(str(error))}; {MEASURE}") from error
+    if not blocks:
+        raise UsageError(f"measured is {quoted(name)}, whose layouts are an empty list; {MEASURE}")
     if wrong := [time for time in blocks.values() if not 0 < time < float("inf")]:
         raise UsageError(f"measured is {quoted(name)} with a block of {wrong[0]} ms; expected above 0")
     return MeasuredLayouts(path.name, about, blocks, link)
+
+
+def flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"shard_weights is {value!r}; expected true or false")
+    return value

@@ -47,18 +47,19 @@ class MemoryCheck:
         fast: DecoderSpec | None,
         made_on_host: bool,
         files: Sequence[Path] = (),
+        choice: RankChoice | None = None,
     ) -> Shard:
         """Raise UsageError for a size that the model cannot make, and where memory is too small.
 
         text: parameters of the text encoder, 0 for none. made_on_host: weights are, before they are moved. files: of
-        the weights, whose sizes are not looked at.
+        the weights, whose sizes are not looked at. choice: of the ranks' layout; None where it is made here.
         """
         load, device = self.workload(spec, decoder, text), torch.device(self.config.device)
         if self.force:
             return ALONE
         total = planner.needed(load) + self.more_bytes(load, fast)
         if (gpus := self.config.gpus) > 1:
-            choice = self.choice(spec, decoder, text, fast)
+            choice = choice or self.choice(spec, decoder, text, fast)
             decoders = decoder_ranks(spec, load.size, gpus, self.config.shard_decoder)
             total = rank_memory(load, choice.grid, self.sessions, choice.shard_weights, decoders)
             total += self.more_bytes(load, fast)

@@ -48,6 +48,7 @@ def choose_ranks(config: EngineConfig, load: Workload, memory: int | None) -> Ra
     listed = rank_planner.plans(
         load, config.gpus, sys.maxsize if memory is None else memory,
         Ceiling(card.tflops, card.bandwidth, card.name), link, measured, config.shard_weights,
+        config.shard_decoder,
     )  # fmt: skip
     options = [option for option in listed if option.ranks == config.gpus and takes(config, load, option)]
     if not options:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ...errors import UsageError
 from ...graphs.passes import Pass
@@ -243,32 +244,34 @@ def rank_memory(load: Workload, grid: RankGrid, sessions: int, shard_weights: bo
 
 def plans(
     load: Workload, gpus: int, memory: int, ceiling: Ceiling, link: Link, measured: MeasuredLayouts | None = None,
-    shard_weights: bool = False,
+    shard_weights: bool = False, shard_decoder: bool | None = None,
 ) -> Iterator[RankPlan]:  # fmt: skip
     """Every layout of `gpus` GPUs: replicas of one GPU, of all, and of each divisor between.
 
     Divided weights are listed where a layout does not fit without, or with `shard_weights`; ranks that hold layers
     where nothing else of as many ranks or fewer fits, divided weights aside. measured: times that replace predicted
-    ones.
+    ones. shard_decoder: the setting; None where the decoder is divided if it can be.
     """
     parts, fit = divided_of(load), False
+    about = {"memory": memory, "ceiling": ceiling, "link": link, "measured": measured, "shard_decoder": shard_decoder}
+    make = partial(plan, load, **about)
     for ranks in (count for count in range(1, gpus + 1) if gpus % count == 0):
         layouts = [layout for layout in parts.layouts(ranks) if layout != LAYERS]
         grids = [parts.grid_of(layout, ranks) for layout in layouts] if ranks > 1 else [RankGrid()]
         for grid in grids:
             assert grid is not None
-            whole = plan(load, grid, gpus // ranks, memory, ceiling, link, measured=measured)
+            whole = make(grid, gpus // ranks)
             yield whole
             fit = fit or whole.fits
             if grid.tiles > 1 and (shard_weights or not whole.fits):
-                yield plan(load, grid, gpus // ranks, memory, ceiling, link, True, measured)
+                yield make(grid, gpus // ranks, shard_weights=True)
         if not fit and ranks > 1 and (grid := parts.grid_of(LAYERS, ranks)) is not None:
-            yield plan(load, grid, gpus // ranks, memory, ceiling, link, measured=measured)
+            yield make(grid, gpus // ranks)
 
 
 def plan(
     load: Workload, grid: RankGrid, replicas: int, memory: int, ceiling: Ceiling, link: Link,
-    shard_weights: bool = False, measured: MeasuredLayouts | None = None,
+    shard_weights: bool = False, measured: MeasuredLayouts | None = None, shard_decoder: bool | None = None,
 ) -> RankPlan:  # fmt: skip
     """Predict one layout. memory: bytes of a GPU. Of branches of guidance, the longest is waited for."""
     blocks = planner.steady_blocks(load.preset)
@@ -285,7 +288,7 @@ def plan(
     last = per_block(lambda block, place: block_bytes(load, block, grid, place, shard_weights, grid.layers - 1))
     passed = sent + (grid.layers - 2) * (sent - last) if grid.layers > 1 else sent  # from rank to rank, one by one
     waits = per_block(lambda block, place: block_collectives(load, block, grid, place, shard_weights))
-    decoders = decoder_ranks(load.spec, load.size, grid.ranks)
+    decoders = decoder_ranks(load.spec, load.size, grid.ranks, shard_decoder)
     decoding = speed.decoder_seconds * 1e3
     if decoders > 1:
         parts = [decoding_sent(load, block, decoders, 1) for block in blocks]
@@ -327,7 +330,7 @@ def choose(options: list[RankPlan], goal: str) -> tuple[RankPlan, str]:
     others = [option for option in among if option.ranks == 1]
     beside = f", {others[0].block / best.block:.2f} x as fast as one GPU" if others and best.ranks > 1 else ""
     rest = [option for option in options if option.layout != LAYERS]
-    if best.layout == LAYERS and not any(option.fits for option in rest):
+    if best.layout == LAYERS and rest and not any(option.fits for option in rest):
         least = min(rest, key=lambda option: option.memory)
         beside = f"; nothing else fits, the least of which, {least}, needs {least.memory / 1e9:.1f} GB a GPU"
     return best, f"{best}: the shortest block, {best.block:.0f} ms {best.how}{beside}"

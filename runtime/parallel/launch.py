@@ -95,10 +95,10 @@ class Start:
         if config.device.startswith("cuda") and Place.of() is None and torch.cuda.device_count() < config.gpus:
             count = torch.cuda.device_count()  # a launcher may have ranks on other machines
             raise UsageError(f"gpus is {config.gpus}, but there are {count} here; give gpus={count}, or device=cpu")
-        self.check(spec, decoder, text, fast, made_on_host, files)
+        choice = self.check.choice(spec, decoder, text, fast)  # once, since free memory changes
+        self.check(spec, decoder, text, fast, made_on_host, files, choice)
         size = self.size or spec.default_size
         together = decoder_ranks(spec, size, config.gpus, config.shard_decoder) > 1
-        choice = self.check.choice(spec, decoder, text, fast)
         grid, self.reason = choice.grid, choice.reason
         if grid.tokens > 1 and config.kv_dtype not in (None, config.dtype):
             raise UsageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import permutations
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from inferix.graphs.cost import name_of
 from inferix.graphs.interpret import run_pass
 from inferix.graphs.rewrites.adaln import adaln
 from inferix.graphs.rewrites.base import cleaned
-from inferix.graphs.rewrites.gated_norm import gated_norm
+from inferix.graphs.rewrites.gated_norm import gated_norm, narrowest_first
 from inferix.graphs.rewrites.gelu import gelu
 from inferix.graphs.rewrites.merge_qkv import merge_qkv
 from inferix.graphs.rewrites.rms_norm import rms_norm
@@ -164,6 +165,12 @@ def test_norms_of_gated_updates_take_in_the_norm_after_them(dtype: torch.dtype, 
     for function, norms in ((both, 1), (placed, 0)):  # weights that are computed may come too late
         places, calls = rewritten(gated_norm, function, dtype, wide)
         assert places == 1 and calls.count("layer_norm") == norms and "gated_norm" in calls
+
+
+def test_the_order_of_dtypes_does_not_decide_what_a_gated_norm_takes_in() -> None:
+    dtypes = torch.float32, torch.bfloat16, torch.float64, torch.float16
+    orders = [narrowest_first(order) for order in permutations(dtypes)]
+    assert set(map(tuple, orders)) == {(torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 
 
 def test_what_only_looks_like_a_gated_norm_is_left_alone() -> None:

@@ -204,6 +204,22 @@ def test_layers_are_offered_where_nothing_else_fits_and_the_reason_says_so() -> 
     assert layers.computing == pytest.approx(next(one for one in roomy if one.ranks == 1).computing)  # one by one
 
 
+def test_layers_are_chosen_where_no_other_layout_is_left() -> None:
+    load = replace(workload("wan-14b", "krea"), executor="captured")
+    (layers,) = [one for one in options(load, 2, memory=25 * 10**9) if one.layout == LAYERS]
+    assert choose([layers], "latency")[0] is layers
+
+
+def test_a_decoder_that_is_not_divided_counts_whole() -> None:
+    load = workload("wan-14b")
+    divided, whole = (
+        {one.ranks: one.memory for one in plans(load, 4, 10**12, CEILING, LINKS["nvlink"], shard_decoder=asked)
+         if one.layout in ("one", "ulysses")}
+        for asked in (None, False)
+    )  # fmt: skip
+    assert whole[1] == divided[1] and whole[4] > divided[4]
+
+
 def test_settings_that_ranks_with_layers_do_not_take_are_refused_by_name() -> None:
     for key, value in (("shard_weights", True), ("lowp_keep", ("blocks.0.*",)), ("lowp_layers", "blocks.1.*")):
         more = {} if key == "shard_weights" else {"lowp": "int8", "executor": "fused"}
@@ -267,6 +283,8 @@ def test_measured_times_reverse_the_choice_and_the_reason_names_their_file(tmp_p
         ({"size": [64, 64]}, ("size", "64", "832")),
         ({"dtype": "float32"}, ("dtype", "float32", "bfloat16")),
         ({"device": "NVIDIA H100 PCIe sm_90"}, ("device", "H100", "cpu")),
+        ({"executor": "captured"}, ("executor", "captured", "eager")),
+        ({"kv_dtype": "fp8"}, ("kv_dtype", "fp8", "bfloat16")),
     ],
 )
 def test_measured_times_of_something_else_are_refused_by_name(about, words, tmp_path: Path) -> None:
@@ -279,7 +297,13 @@ def test_measured_times_of_something_else_are_refused_by_name(about, words, tmp_
 
 
 def test_files_that_are_no_measured_times_are_refused(tmp_path: Path) -> None:
-    for text in ("{}", "[]", "nonsense", '{"bandwidth": 1, "latency": 2}'):
+    good = json.loads(Path(table(tmp_path, workload("wan-1.3b"), {(HEADS, 4): 90.0})).read_text())
+    (row,) = good["layouts"]
+    wrong = (
+        {"layouts": []}, {"bandwidth": 0, "latency": 2}, {"layouts": [row | {"ranks": float("inf")}]},
+        {"layouts": [row | {"shard_weights": "false"}]},
+    )  # fmt: skip
+    for text in ("{}", "[]", "nonsense", '{"bandwidth": 1, "latency": 2}', *(json.dumps(good | one) for one in wrong)):
         (tmp_path / "table.json").write_text(text)
         with pytest.raises(UsageError, match=r"table\.json"):
             read_measured(str(tmp_path / "table.json"))
@@ -381,6 +405,7 @@ def test_more_ranks_than_gpus_are_refused_here_and_left_to_a_launcher(monkeypatc
     object.__setattr__(config, "device", "cuda")
     checked: list[ModelSpec] = []
     check = MemoryCheck(config, preset)
+    monkeypatch.setattr(MemoryCheck, "choice", lambda check, *given: None)
     monkeypatch.setattr(MemoryCheck, "__call__", lambda check, spec, *given: stop(checked, spec))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     start = Start(config, preset, check, None, None, {}, True)
