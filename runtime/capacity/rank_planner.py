@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 from ...errors import UsageError
 from ...graphs.passes import Pass
@@ -253,20 +252,22 @@ def plans(
     ones. shard_decoder: the setting; None where the decoder is divided if it can be.
     """
     parts, fit = divided_of(load), False
-    about = {"memory": memory, "ceiling": ceiling, "link": link, "measured": measured, "shard_decoder": shard_decoder}
-    make = partial(plan, load, **about)
+
+    def plan_of(grid: RankGrid, ranks: int, divided: bool = False) -> RankPlan:
+        return plan(load, grid, gpus // ranks, memory, ceiling, link, divided, measured, shard_decoder)
+
     for ranks in (count for count in range(1, gpus + 1) if gpus % count == 0):
         layouts = [layout for layout in parts.layouts(ranks) if layout != LAYERS]
         grids = [parts.grid_of(layout, ranks) for layout in layouts] if ranks > 1 else [RankGrid()]
         for grid in grids:
             assert grid is not None
-            whole = make(grid, gpus // ranks)
+            whole = plan_of(grid, ranks)
             yield whole
             fit = fit or whole.fits
             if grid.tiles > 1 and (shard_weights or not whole.fits):
-                yield make(grid, gpus // ranks, shard_weights=True)
+                yield plan_of(grid, ranks, divided=True)
         if not fit and ranks > 1 and (grid := parts.grid_of(LAYERS, ranks)) is not None:
-            yield make(grid, gpus // ranks)
+            yield plan_of(grid, ranks)
 
 
 def plan(
