@@ -74,7 +74,7 @@ SHARED = {
     f"{preset}-{ranks}": Configuration(model, preset, ranks=ranks)
     for model, preset in (("wan-1.3b", "self-forcing"), ("wan-14b", "krea"), ("magi-24b", "magi-24b-distill"))
     for ranks in (1, 2, 4, 8)
-    if f"{preset}-{ranks}" not in ("self-forcing-1", "krea-1")
+    if f"{preset}-{ranks}" not in ("self-forcing-1", "krea-1", "magi-24b-distill-1")
 }
 
 
