@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 from ..runtime.capacity import planner
 from ..runtime.capacity.device_name import card_of
 from ..runtime.capacity.rank_planner import divided
@@ -21,6 +21,7 @@ from ..runtime.parallel.rendezvous import Place
 from ..schemes.layouts import LAYERS
 
 TEXT_ROWS = 64  # of a prompt's embeddings
+COMPARED = ("gpus", "parallel", "shard_weights")  # settings that the rows of a table differ in
 
 
 def measure(
@@ -36,8 +37,12 @@ def measure(
     """Time a stream on one GPU, and in every layout of each divisor of `gpus`.
 
     size: of pictures, None for the model's own. blocks: that are timed with a full window, of which the median counts.
-    Returns a table for `inferix plan --measured`. UsageError under a launcher, whose ranks serve one engine.
+    Returns a table for `inferix plan --measured`. UsageError under a launcher, whose ranks serve one engine, and for
+    settings of a layout.
     """
+    if given := [name for name in COMPARED if name in settings]:
+        value = quoted(settings[given[0]])
+        raise UsageError(f"settings have {given[0]} {value}, but every layout of gpus is timed; leave it out")
     if Place.of() is not None:
         raise UsageError("gpus were started by a launcher, whose ranks serve one engine; run this without torchrun")
     arguments: dict[str, Any] = {"device": device, "size": size, "text_prompts": False} | dict(settings)

@@ -17,7 +17,18 @@ from rich.table import Table
 from ..errors import InferixError, UsageError, nearest, quoted
 from ..schemes.defaults import DEFAULT_PROMPT
 from .help import Command, group
-from .options import EXECUTOR, EXECUTOR_NAMES, FORCE, NAMES, OFFLINE, PRESET, UNTRAINED, parse_settings, parse_size
+from .options import (
+    EXECUTOR,
+    EXECUTOR_NAMES,
+    FORCE,
+    NAMES,
+    OFFLINE,
+    PRESET,
+    UNTRAINED,
+    check_settings,
+    parse_settings,
+    parse_size,
+)
 
 if TYPE_CHECKING:
     from ..bench.kernels import Options
@@ -37,6 +48,7 @@ SETTINGS = typer.Option(
 )
 OUT = typer.Option(None, help="JSON file for the result, with every sample.")
 JSON = typer.Option(False, "--json", help="The result as one JSON line on stdout.")
+LAYOUT_BLOCKS = 5  # of each layout, that `bench parallel` times
 
 app = group()
 
@@ -326,11 +338,14 @@ def serve(
 
 @app.command(cls=Command)
 def parallel(
+    ctx: typer.Context,
     gpus: int = typer.Option(2, min=2, metavar="N", help="GPUs between which to measure, or processes of a CPU."),
     model: str | None = typer.Option(None, help="Measure blocks of this model, too, in every layout."),
     preset: str | None = PRESET,
     size: str | None = SIZE,
-    blocks: int = typer.Option(5, min=1, help="With --model: blocks of each layout that are timed."),
+    blocks: int | None = typer.Option(
+        None, min=1, help=f"With --model: blocks of each layout that are timed.  [default: {LAYOUT_BLOCKS}]"
+    ),
     device: str | None = DEVICE,
     settings: list[str] = SETTINGS,
     out: Path | None = typer.Option(None, help="JSON file for inferix plan --link FILE, and --measured FILE."),
@@ -353,12 +368,14 @@ def parallel(
     if out is not None:
         check_out(out, {})
     log, own = Console(stderr=True).print, parse_settings(settings)
-    if model is None and (given := [flag for flag, one in (("--preset", preset), ("--size", size)) if one is not None]):
+    check_settings(ctx, own)
+    beside = {"--preset": preset, "--size": size, "--set": settings or None, "--blocks": blocks}
+    if model is None and (given := [flag for flag, value in beside.items() if value is not None]):
         raise UsageError(f"{given[0]} is for the blocks of a model; give --model, too")
     result: dict[str, Any] = {}
     if model is not None:
         pictures = parse_size(size) if size else None
-        result |= rank_layouts.measure(model, preset, gpus, device, pictures, blocks, own, log)
+        result |= rank_layouts.measure(model, preset, gpus, device, pictures, blocks or LAYOUT_BLOCKS, own, log)
     result |= rank_links.measure(gpus, device, log)
     if out is not None:
         rank_links.write(result, out)

@@ -506,7 +506,7 @@ def generate(
     else:
         engine = load(model, preset=preset, device=device, dtype=dtype, **parts, **overrides)
         note_choices(engine)
-        advise_cached(engine)
+        advise_cached(engine, executor, chosen_size)
     if engine.parts.form == "random":
         message = f"{model} has random, untrained weights: the picture is noise; --model takes a checkpoint"
         console.print(message, highlight=False, soft_wrap=True)

@@ -104,13 +104,17 @@ def note_choices(engine: Engine) -> None:
         typer.echo(note, err=True)
 
 
-def advise_cached(engine: Engine) -> None:
-    """Print once how to make an engine for the cache, where one could run in place of the model."""
-    if engine.config.device != "cpu" or engine.config.engine is not None:
+def advise_cached(engine: Engine, executor: str | None, size: tuple[int, int] | None = None) -> None:
+    """Print once how to make an engine for the cache, where one could run in place of the model.
+
+    executor: that the user chose; with another than `auto` the model itself is to run. size: of pictures, None for the
+    model's.
+    """
+    if executor not in (None, AUTO) or engine.config.device != "cpu" or engine.config.engine is not None:
         return
     from ..export.engine_cache import cache_advice
 
-    if (advice := cache_advice(engine)) is not None:
+    if (advice := cache_advice(engine, size)) is not None:
         typer.echo(advice, err=True)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from ..errors import UsageError
+from ..errors import UsageError, quoted
 from ..runtime.capacity.gpus import CARDS
 from ..runtime.executor_specs import EXECUTORS, default_executor
 from .options import DEFAULT_MODEL, NAMES, PRESET, check_settings, parse_settings
@@ -67,6 +67,8 @@ def plan(
     if table:
         typer.echo("\n\n".join(report.tables()))
         return
+    if measured is not None and gpus is None:
+        raise UsageError(f"--measured is {quoted(str(measured))} without --gpus, whose layouts it is for; give --gpus")
     overrides = parse_settings(settings)
     check_settings(ctx, overrides)
     load = report.workload(

@@ -479,7 +479,7 @@ def play(
         parts: dict[str, Any] = {"base": base, "device": device, "executor": executor or AUTO, "graphs": graphs}
         engine = load(named, preset=preset, **parts, **ranks, **checks)
         note_choices(engine)
-        advise_cached(engine)
+        advise_cached(engine, executor)
     has_camera = engine.spec.camera_channels is not None
     if not engine.spec.actions and not has_camera:
         raise UsageError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -127,27 +128,43 @@ def find_cached(
     return plan.folder if can and needs_other_programs(plan, scheme) is None else None
 
 
-def cache_advice(engine: Engine) -> str | None:
+def cache_advice(engine: Engine, size: tuple[int, int] | None = None) -> str | None:
     """Advise the user, once for a cache, to make an engine of a loaded model.
 
-    None where the advice has been given, an engine has been made, or none could be made here or run in its place.
+    size: of its pictures, None for the model's. None where the advice has been given, an engine has been made, or none
+    could be made here or run in the model's place, as with settings that an engine does not have.
     """
-    config, folder, target = engine.config, cache_folder(), TARGETS[TARGET]
-    plain = (config.device, config.dtype, config.executor) == ("cpu", "float32", "eager")
-    if not plain or folder is None or (folder / ADVISED).exists() or not writes_words(engine):
-        return None
-    if target.missing or find_spec(target.runtime) is None:
-        return None
-    key = engine_key(config.model, config.preset, None)
-    if key is None or (folder / key).exists():
+    config, folder = engine.config, cache_folder()
+    if folder is None or not writes_words(engine) or not could_run(engine, size):
         return None
     try:
+        if (folder / ADVISED).exists():
+            return None
+        key = engine_key(config.model, config.preset, None)
+        if key is None or (folder / key).exists():
+            return None
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ADVISED).touch()
     except OSError:  # an engine could not be written there either
         return None
-    return ("inferix export --cache makes an engine of this model in a minute or two; generate and play then run it, "
+    command = ["inferix", "export", "--cache"]
+    default = default_model(None)
+    if (config.model, config.preset) != (default, default_preset(default)):
+        command += ["--model", config.model, "--preset", config.preset]
+    return (f"{shlex.join(command)} makes an engine of this model in a minute or two; generate and play then run it, "
             "if it is faster here")  # fmt: skip
+
+
+def could_run(engine: Engine, size: tuple[int, int] | None) -> bool:
+    """True if an engine could be made here of a loaded model, and run in its place with its settings."""
+    config, target = engine.config, TARGETS[TARGET]
+    if size not in (None, engine.default_size) or engine.preset != make_preset(config.preset):
+        return False
+    if any(getattr(config, key) != PLAIN[key] for key in SETTINGS if key not in (*KEPT, "model", "preset")):
+        return False
+    if target.missing or find_spec(target.runtime) is None:
+        return False
+    return target.can >= set(needed_features(engine.preset, config.dtype, False))
 
 
 def load_cached(

@@ -30,7 +30,7 @@ from ..schemes.page_needs import window
 from ..schemes.presets import FIELDS, Preset
 from ..version import __version__
 from .checkpoint import new_folder
-from .plan import FILE, FORMAT, VERSION, describe_files, preset_values
+from .plan import FILE, FORMAT, describe_files, preset_values, version_of
 from .programs import (
     FRAMES,
     PAST,
@@ -119,7 +119,7 @@ def write_engine(
                 file.write(program)
         text = write_text(engine, folder, prompts)
         options = writer.options | {"weights": dtype}
-        plan = describe_engine(engine, size, target, programs, decoder, text, options)
+        plan = describe_engine(engine, size, target, programs, decoder, text, options, kv_dtype)
         if encoder is not None:
             plan["encoder"] = {
                 "first_pictures": engine.spec.first_pictures, "pictures": engine.spec.vae_stride[0],
@@ -180,7 +180,7 @@ def write_text(engine: Engine, folder: Path, prompts: Mapping[str, Tensor]) -> d
 
 def describe_engine(
     engine: Engine, size: tuple[int, int], target: Target, programs: list[Program], decoder: DecoderPrograms,
-    text: dict[str, Any], options: dict[str, Any],
+    text: dict[str, Any], options: dict[str, Any], kv_dtype: str,
 ) -> dict[str, Any]:  # fmt: skip
     """The plan, but for the hashes of the files."""
     spec, preset = engine.spec, engine.preset
@@ -188,7 +188,7 @@ def describe_engine(
     sampler = Sampler(preset.sampler)
     rope = engine.parts.transformer.rope
     return {
-        "format": FORMAT, "version": VERSION, "target": target.name,
+        "format": FORMAT, "version": version_of(preset, kv_dtype), "target": target.name,
         "model": {
             "name": spec.name, "source": engine.parts.source, "weights": engine.parts.form, "layers": spec.num_layers,
             "heads": spec.kv_heads, "channels": spec.head_dim, "actions": list(spec.actions), "fps": spec.fps,

@@ -19,7 +19,9 @@ from ..schemes.presets import About, Preset
 from ..schemes.sampler_spec import SamplerSpec
 from ..user_files import check_reachable, read_json
 
-FORMAT, VERSION = "inferix-engine", 1
+FORMAT = "inferix-engine"
+FIRST, VERSION = 1, 2  # versions of the file; 2 has keys and values in int8, or several blocks in flight
+VERSIONS = (FIRST, VERSION)  # that are read
 FILE = "plan.json"
 SCHEMA = Path(__file__).parent / "plan.schema.json"
 
@@ -73,10 +75,10 @@ def read_plan(folder: str | Path) -> Plan:
     values = read_json(folder / FILE, "plan")
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise CheckpointError(f"{FILE} in {where} is not the plan of an engine; export it again")
-    if values.get("version") != VERSION:
+    if values.get("version") not in VERSIONS:
         raise CheckpointError(
-            f"engine {where} has version {quoted(values.get('version'))}; expected {VERSION}: export it again with "
-            "this version of inferix, or read it with the one that wrote it"
+            f"engine {where} has version {quoted(values.get('version'))}; expected {FIRST} or {VERSION}: export it "
+            "again with this version of inferix, or read it with the one that wrote it"
         )
     required = json.loads(SCHEMA.read_text("utf-8"))["required"]
     if missing := [key for key in required if key not in values]:
@@ -84,6 +86,11 @@ def read_plan(folder: str | Path) -> Plan:
     plan = Plan(folder, values)
     check_files(plan)
     return plan
+
+
+def version_of(preset: Preset, kv_dtype: str) -> int:
+    """Version of the plan of an engine: the lowest whose readers can all play it."""
+    return FIRST if kv_dtype == "float32" and preset.window_blocks == 1 else VERSION
 
 
 def check_files(plan: Plan) -> None:

@@ -276,8 +276,8 @@ class Connection:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        errors = [error for task in done if (error := task.exception()) is not None]
-        del tasks, done  # an error refers to this frame, which is not to refer to it: they would be cyclic garbage
+        errors = [one for one in (task.exception() for task in done) if one is not None]
+        del task, tasks, done  # an error refers to this frame, which is not to refer to it: no cyclic garbage
         log_unexpected(errors)
         if errors:
             raise errors.pop()

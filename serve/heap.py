@@ -18,11 +18,11 @@ ARENAS = 2
 
 
 def limit_arenas() -> bool:
-    """Have all threads share `ARENAS` parts of the heap; to be called before they begin.
+    """Have all threads share `ARENAS` parts of the heap; to be called before threads begin, to have full effect.
 
     Returns False where the C library has no such setting, or MALLOC_ARENA_MAX is set, which goes before.
     """
-    if "MALLOC_ARENA_MAX" in os.environ:
+    if os.name != "posix" or "MALLOC_ARENA_MAX" in os.environ:  # elsewhere a program has no table of all symbols
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and mallopt(M_ARENA_MAX, ARENAS) == 1
@@ -30,7 +30,7 @@ def limit_arenas() -> bool:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Collect no cyclic garbage meanwhile, for imports and loading: they leave little, and looking takes 0.4 s."""
+    """Collect no cyclic garbage meanwhile, for imports and loading: they leave little of it."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -42,5 +42,6 @@ def uncollected() -> Iterator[None]:
 
 def freeze() -> None:
     """Have full collections follow what comes from now on; what is there now is for good."""
+    gc.collect()  # garbage of loading is not for good
     gc.freeze()
     gc.collect()  # counts what is old, which is nothing now

@@ -133,7 +133,8 @@ class Recordings:
         self.folder, self.running, self.kept, self.seconds = folder, running, kept, seconds
         self.push_to = push_to
         self.open: dict[str, Recording] = {}
-        self.changing = threading.RLock()  # held while a folder is made and filled: others may be removing old ones
+        self.making: set[str] = set()  # folders of pictures that are being written
+        self.changing = threading.RLock()  # held while folders are made and removed, not while one is filled
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, form: Literal["mp4", "hls"], fps: float, size: tuple[int, int]) -> Recording:
@@ -157,12 +158,15 @@ class Recordings:
         with self.changing:
             self.trim()
             path.parent.mkdir()
-            try:
-                Image.fromarray(picture).save(path)
-            except OSError as error:
-                shutil.rmtree(path.parent, ignore_errors=True)
-                raise InferixError(f"the picture could not be written: {one_line(error)}; free some space") from error
+            self.making.add(id)
+        try:
+            Image.fromarray(picture).save(path)
             return f"/v1/recordings/{id}/{path.name}", path.stat().st_size
+        except OSError as error:
+            shutil.rmtree(path.parent, ignore_errors=True)
+            raise InferixError(f"the picture could not be written: {one_line(error)}; free some space") from error
+        finally:
+            self.making.discard(id)
 
     def push(self, address: str, fps: float, size: tuple[int, int]) -> Recording:
         """Begin to send pictures to an RTMP server; Refusal for an address that is not allowed."""
@@ -205,7 +209,8 @@ class Recordings:
     def trim(self) -> None:
         """Remove the oldest finished recordings beyond `kept`."""
         with self.changing:
-            finished = [place for place in self.folder.iterdir() if place.is_dir() and place.name not in self.open]
+            running = self.making.union(self.open)
+            finished = [place for place in self.folder.iterdir() if place.is_dir() and place.name not in running]
             finished.sort(key=lambda place: place.stat().st_mtime)
             for place in finished[: max(0, len(finished) + 1 - self.kept)]:
                 shutil.rmtree(place, ignore_errors=True)

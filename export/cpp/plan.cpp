@@ -11,7 +11,7 @@
 namespace inferix {
 namespace {
 
-constexpr int version = 1;
+constexpr int first_version = 1, last_version = 2;  // 2 has what this runner refuses by name
 
 void check_files(const Plan& plan) {
     for (const auto& [name, facts] : plan.at("files").object) {
@@ -90,9 +90,10 @@ Plan Plan::read(const std::filesystem::path& folder) {
     if (plan.json.kind != Json::Kind::object || !plan.json.has("format") ||
         plan.at("format").string() != "inferix-engine")
         throw UsageError("plan.json in " + where + " is not the plan of an engine; export it again");
-    if (plan.at("version").integer() != version)
-        throw UsageError("engine " + where + " has version " + std::to_string(plan.at("version").integer()) +
-                         "; expected " + std::to_string(version) + ": export it again, or build the runner of then");
+    if (int64_t version = plan.at("version").integer(); version < first_version || version > last_version)
+        throw UsageError("engine " + where + " has version " + std::to_string(version) + "; expected " +
+                         std::to_string(first_version) + " or " + std::to_string(last_version) +
+                         ": export it again, or build the runner of then");
     if (plan.json.has("kv_dtype") && plan.at("kv_dtype").string() != "float32")
         throw UsageError("engine " + where + " has keys and values in " + plan.at("kv_dtype").string() +
                          " (kv_dtype), which this runner does not read; use inferix-run, or export it in float32");

@@ -18,6 +18,7 @@ from inferix.cli.main import app
 from inferix.errors import UsageError
 from inferix.export import engine_cache, inside
 from inferix.export.engine_cache import MEASURED, VARIABLE, engine_key, find_cached, make_cached
+from inferix.runtime.engine import Engine
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +136,38 @@ def test_the_advice_to_make_an_engine_is_given_once(
     monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
     command = ["generate", "--model", world, "--preset", "tinyworld", "--blocks", "1", "--latents-only", "--force"]
     command += ["--device", "cpu", "--out", str(tmp_path / "out.safetensors")]
+    chosen = CliRunner().invoke(app, [*command, "--executor", "eager"]).stderr
     first, second = (CliRunner().invoke(app, command).stderr for _ in range(2))
-    assert "inferix export --cache" in first and "inferix export --cache" not in second
+    assert f"inferix export --cache --model {world} --preset tinyworld" in first
+    assert "inferix export --cache" not in chosen + second
     monkeypatch.setenv(VARIABLE, "off")
     assert engine_cache.cache_advice(engine) is None
+
+
+def test_no_engine_is_advised_that_could_not_run_or_be_written(
+    world: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def load(**settings: Any) -> Engine:
+        return inferix.load(world, "tinyworld", device="cpu", executor="eager", **settings)
+
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
+    plain = load()
+    for settings in ({"kernels": {"rms_norm": "reference"}}, {"kv_dtype": "int8"}, {"local_attn_size": 12}):
+        assert engine_cache.cache_advice(load(**settings)) is None
+    assert engine_cache.cache_advice(plain, (32, 32)) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_cache, "needed_features", lambda *_: ["averaged sink"])
+        assert engine_cache.cache_advice(plain) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", denied)
+        assert engine_cache.cache_advice(plain) is None
+    assert not (tmp_path / "cache").exists()
+    advice = engine_cache.cache_advice(plain, plain.default_size)
+    assert advice is not None and world in advice
+
+
+def denied(path: Path) -> bool:
+    raise PermissionError(13, "denied", str(path))
 
 
 def test_doctor_names_the_engine_that_runs(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

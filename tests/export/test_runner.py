@@ -190,7 +190,7 @@ def test_bad_input_is_refused_in_one_line(built: Built, toys: dict[str, Path], t
         (copy / FILE).write_text(json.dumps(plan | values), "utf-8")
 
     def change_preset(copy: Path, **values: object) -> None:
-        change(copy, preset=json.loads((copy / FILE).read_text("utf-8"))["preset"] | values)
+        change(copy, version=2, preset=json.loads((copy / FILE).read_text("utf-8"))["preset"] | values)
 
     def flip(path: Path) -> None:
         content = bytearray(path.read_bytes())
@@ -221,7 +221,7 @@ def test_bad_input_is_refused_in_one_line(built: Built, toys: dict[str, Path], t
         (damaged("other", lambda copy: change(copy, format="x")), [], FILE),
         (damaged("size", copy_size), [], "64x64"),
         (damaged("joint", lambda copy: change_preset(copy, window_blocks=5)), [], "window_blocks 5"),
-        (damaged("int8", lambda copy: change(copy, kv_dtype="int8")), [], "int8"),
+        (damaged("int8", lambda copy: change(copy, version=2, kv_dtype="int8")), [], "int8"),
         (toy, ["--json", "--out", "-"], "--json"),
         (toy, ["--size", "64x64"], "64x64"),
         (toy, ["--blocks", "1", "--restore", str(saved)], str(saved)),

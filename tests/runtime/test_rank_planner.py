@@ -323,6 +323,25 @@ def test_plan_reads_measured_times(tmp_path: Path) -> None:
     assert facts["layouts"][facts["chosen"]]["layout"] == "one" and "measured (table.json)" in facts["reason"]
     refused = CliRunner().invoke(app, [*options, "--gpu", "h100"])
     assert refused.exit_code != 0 and "h200" in refused.stderr and "table.json" in refused.stderr
+    refused = CliRunner().invoke(app, ["plan", "--preset", "self-forcing", "--measured", name])
+    assert refused.exit_code == 2 and all(word in refused.stderr for word in ("--measured", "--gpus", "table.json"))
+
+
+MODEL = ["--model", "wan-tiny"]
+REFUSED_BY_BENCH: dict[str, tuple[list[str], list[str]]] = {
+    "setting without a model": (["--set", "local_attn_size=6"], ["--set", "--model"]),
+    "blocks without a model": (["--blocks", "5"], ["--blocks", "--model"]),
+    "gpus": ([*MODEL, "--set", "gpus=2"], ["gpus", "--gpus"]),
+    "parallel": ([*MODEL, "--set", "parallel=heads"], ["parallel", "heads"]),
+    "weights": ([*MODEL, "--set", "shard_weights=true"], ["shard_weights"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_BY_BENCH)
+def test_bench_parallel_refuses_what_it_would_not_follow(case: str) -> None:
+    arguments, words = REFUSED_BY_BENCH[case]
+    done = CliRunner().invoke(app, ["bench", "parallel", "--gpus", "2", "--device", "cpu", *arguments])
+    assert done.exit_code == 2 and all(word in done.stderr for word in words)
 
 
 def test_the_choice_leaves_out_layouts_that_do_not_take_the_settings() -> None:

@@ -7,7 +7,9 @@ import platform
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import msgpack
@@ -19,7 +21,8 @@ from live_client import PROMPT, WAIT, Client, serving, small_engine
 from safetensors.torch import save_file
 
 from inferix.runtime.sessions.session_file import NOTE
-from inferix.serve.heap import freeze, limit_arenas
+from inferix.serve.connection import Closed, Connection
+from inferix.serve.heap import limit_arenas
 from inferix.serve.outbox import Outbox
 from inferix.serve.protocol import MEDIA
 from inferix.serve.settings import ServeSettings
@@ -244,16 +247,60 @@ def test_an_encoder_is_freed_without_the_collector(served, media):
         gc.enable()
 
 
-def test_the_heap_of_a_server_has_few_parts_and_nothing_old(monkeypatch):
+def test_the_heap_of_a_server_has_few_parts(monkeypatch):
     monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
     assert limit_arenas() == (platform.libc_ver()[0] == "glibc")
     monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
     assert not limit_arenas()
-    freeze()
+    monkeypatch.delenv("MALLOC_ARENA_MAX")
+    monkeypatch.setattr("inferix.serve.heap.os", SimpleNamespace(name="nt", environ={}))
+    assert not limit_arenas()
+
+
+def test_what_is_there_is_frozen_without_its_garbage():
+    script = """
+import gc, weakref
+from inferix.serve.heap import freeze
+class Ring:
+    def __init__(self):
+        self.own = self
+gc.collect()
+gc.disable()
+before, kept, lost = gc.get_freeze_count(), [[] for _ in range(1000)], weakref.ref(Ring())
+freeze()
+assert gc.get_freeze_count() >= before + 1000
+assert len(gc.get_objects(generation=2)) < 100
+assert lost() is None
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=WAIT)
+
+
+def test_an_error_that_ends_a_connection_leaves_no_cycle():
+    """With the collector off, all that the frame refers to is freed as soon as the error is."""
+
+    class Sent:
+        pass
+
+    async def fail(sent):
+        await asyncio.sleep(0)
+        raise Closed(4000, "test")
+
+    async def wait(sent):
+        await asyncio.Event().wait()
+
+    async def end(*makers):
+        sent = Sent()
+        works = [maker(sent) for maker in makers]
+        with pytest.raises(Closed):
+            await Connection._first_of(None, *works)
+        return weakref.ref(sent)
+
+    gc.disable()
     try:
-        assert gc.get_freeze_count() > len(gc.get_objects(generation=2))
+        for makers in ((fail, wait), (wait, fail)):
+            assert asyncio.run(end(*makers))() is None
     finally:
-        gc.unfreeze()
+        gc.enable()
 
 
 def test_a_stopped_server_drains_and_saves(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from live_client import Client, serving
 from PIL import Image
 
+from inferix.errors import InferixError
 from inferix.media import read_video
 from inferix.serve.recording import Recordings
 from inferix.serve.refusals import Refusal
@@ -141,7 +142,27 @@ def test_pictures_of_two_threads_remove_each_other_only_when_they_are_whole(tmp_
     recordings, picture = Recordings(tmp_path / "recordings", 1, 1, 60.0), np.zeros((8, 8, 3), np.uint8)
     with ThreadPoolExecutor(2) as pool:
         sizes = [size for _, size in pool.map(recordings.snapshot, [picture] * 40)]
-    assert min(sizes) > 0 and len(list(recordings.folder.iterdir())) == 1
+    assert min(sizes) > 0 and len(list(recordings.folder.iterdir())) in (1, 2)
+
+
+@pytest.mark.parametrize("error", [None, OSError(28, "no space")])
+def test_a_picture_that_is_being_written_keeps_no_other_waiting(error, tmp_path, monkeypatch):
+    recordings, save = Recordings(tmp_path / "recordings", 1, 1, 60.0), Image.Image.save
+
+    def slow_save(image, path):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(recordings.trim).result(20)
+        if error is not None:
+            raise error
+        save(image, path)
+
+    monkeypatch.setattr(Image.Image, "save", slow_save)
+    if error is None:
+        assert recordings.snapshot(np.zeros((8, 8, 3), np.uint8))[1] > 0
+    else:
+        with pytest.raises(InferixError, match="space"):
+            recordings.snapshot(np.zeros((8, 8, 3), np.uint8))
+    assert not recordings.making and len(list(recordings.folder.iterdir())) == (error is None)
 
 
 def test_old_recordings_make_room(tmp_path):
