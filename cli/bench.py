@@ -168,6 +168,7 @@ def check_asked_forms(result: Result) -> None:
 
 @app.command(cls=Command)
 def block(
+    ctx: typer.Context,
     model: str = MODEL,
     preset: str | None = PRESET,
     random_weights: bool = RANDOM,
@@ -215,8 +216,8 @@ def block(
     from ..bench import block as bench
 
     subject = the_subject(
-        model, preset, random_weights, frames_in_window, size, vae, base, names, device, dtype, seed, settings, offline,
-        force,
+        ctx, model, preset, random_weights, frames_in_window, size, vae, base, names, device, dtype, seed, settings,
+        offline, force,
     )  # fmt: skip
     options = bench.Options(subject, rounds, blocks, tuple(executor), tuple(baseline))
     check_out(out, {"--model": model, "--vae": vae, "--base": base})
@@ -225,6 +226,7 @@ def block(
 
 @app.command(cls=Command)
 def stream(
+    ctx: typer.Context,
     model: str = MODEL,
     preset: str | None = PRESET,
     random_weights: bool = RANDOM,
@@ -267,8 +269,8 @@ def stream(
     from ..bench import stream as bench
 
     subject = the_subject(
-        model, preset, random_weights, frames_in_window, size, vae, base, names, device, dtype, seed, settings, offline,
-        force,
+        ctx, model, preset, random_weights, frames_in_window, size, vae, base, names, device, dtype, seed, settings,
+        offline, force,
     )  # fmt: skip
     subject = replace(subject, executor=executor)
     options = bench.Options(subject, blocks, starts, controls, sessions, minutes, sink, batches)
@@ -544,6 +546,7 @@ def compare(
 
 
 def the_subject(
+    ctx: typer.Context,
     model: str,
     preset: str | None,
     random_weights: bool,
@@ -562,10 +565,12 @@ def the_subject(
     """Make the subject of a benchmark from the options."""
     from ..bench.subject import Subject
 
+    overrides = parse_settings(settings)
+    check_settings(ctx, overrides)
     return Subject(
         model=model, preset=preset, random_weights=random_weights, frames_in_window=frames_in_window,
         size=parse_size(size) if size else None, device=device, dtype=dtype, vae=vae, base=base, names=names,
-        seed=seed, overrides=parse_settings(settings), offline=offline, force=force,
+        seed=seed, overrides=overrides, offline=offline, force=force,
     )  # fmt: skip
 
 

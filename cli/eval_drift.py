@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..errors import InferixError, UsageError, quoted
 from .help import Command
-from .options import FORCE, OFFLINE, parse_settings, parse_size
+from .options import FORCE, OFFLINE, check_settings, parse_settings, parse_size
 
 if TYPE_CHECKING:
     from ..evaluate.prompt_lists import PromptEntry
@@ -146,6 +146,7 @@ def compare(
 
 
 def run(
+    ctx: typer.Context,
     prompts: Path = typer.Option(..., help="List of prompts: txt, json, jsonl, or a yaml storyboard."),
     out: Path = typer.Option(..., help="Folder for the videos, their records and scores, drift.json and drift.html."),
     split: str | None = SPLIT,
@@ -180,13 +181,15 @@ def run(
 
     if not 0 < seconds <= 36_000:
         raise UsageError(f"--seconds is {seconds:g}; expected above 0, at most 36000")
+    chosen = parse_settings(settings)
+    check_settings(ctx, chosen)
     scoring = settings_of(metrics, segments, None, None, weights)
     entries = entries_of(prompts, split)
     outputs = result_files(out)
     check_paths({"--prompts": prompts, "--model": model}, outputs)
     parts: dict[str, Any] = {"base": base, "executor": executor, "offline": offline, "force": force}
     picture = None if size is None else parse_size(size)
-    engine = load(model, preset=preset, device=device, dtype=dtype, size=picture, **parts, **parse_settings(settings))
+    engine = load(model, preset=preset, device=device, dtype=dtype, size=picture, **parts, **chosen)
     takes, described = takes_of(entries, range(seeds), out / "videos"), engine.describe()
     videos, skipped = [], []
     with progress_bar(len(takes)) as (advance, note):

@@ -13,7 +13,7 @@ import typer
 from ..errors import InferixError, UsageError, quoted
 from ..runtime.files import check_output, check_paths, write_atomically
 from ..schemes.layouts import AUTO, MOST_RANKS, choose_layout
-from .options import DEFAULT_MODEL, NAMES, PARALLEL, PRESET, parse_settings, parse_size
+from .options import DEFAULT_MODEL, NAMES, PARALLEL, PRESET, check_settings, parse_settings, parse_size
 
 if TYPE_CHECKING:
     from ..bench.time_model import Rates
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 def graph(
+    ctx: typer.Context,
     model: str | None = typer.Option(
         None, help=f"Name of a model, or a checkpoint.  [default: the preset's, or {DEFAULT_MODEL}]"
     ),
@@ -116,6 +117,8 @@ def graph(
     from ..schemes.guidance import ALONE as ALONE_GUIDANCE
     from ..schemes.presets import with_settings
 
+    own = parse_settings(settings)
+    check_settings(ctx, own)
     if rewrites:
         for rewrite in REWRITES.values():
             typer.echo(f"{rewrite.name:<14}{'on ' if rewrite.default else 'off'}  {rewrite.claim}")
@@ -149,7 +152,7 @@ def graph(
         if unfit := [option for option, value in given.items() if value]:
             raise UsageError(f"--captured runs a stream as an engine does; leave {unfit[0]} out")
         bits = {"lowp": lowp, "kv_dtype": kv_dtype}
-        overrides = parse_settings(settings) | {key: value for key, value in bits.items() if value}
+        overrides = own | {key: value for key, value in bits.items() if value}
         print_captured(model, preset, size, dtype, overrides, as_json)
         return
     stored, shard = save or load, ALONE
@@ -163,7 +166,7 @@ def graph(
     check_choice("--kv-dtype", kv_dtype or dtype, dict.fromkeys((dtype, *KV_DTYPES)))
     check_choice("--precision", precision, PRECISIONS)
     page_dtype = None if kv_dtype in (None, dtype) else KV_DTYPES[kv_dtype]
-    scheme = make_preset(preset or default_preset(model or DEFAULT_MODEL), **parse_settings(settings))
+    scheme = make_preset(preset or default_preset(model or DEFAULT_MODEL), **own)
     spec = find_spec(model or (scheme.about.base if preset else DEFAULT_MODEL), names)
     if stored is None and dry_run is None and (steps := drawn_steps(scheme)) is not None:
         typer.echo(f"{steps} of {scheme.sampler.steps} steps are shown: the others differ in their timesteps", err=True)

@@ -1,5 +1,9 @@
 """Errors of the library name Python arguments; the command adds the flags."""
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -49,3 +53,38 @@ def test_the_printed_line_has_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.exit_code == 2
     assert done.stderr.startswith("error: ") and "give base" in done.stderr and "--base" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+WITH_SET = {  # commands with --set, by their needed arguments, and an option of their own
+    "generate": ([], "device"),
+    "serve": ([], "device"),
+    "plan": ([], "size"),
+    "export": (["--out", "engine"], "dtype"),
+    "graph": ([], "dtype"),
+    "bench block": ([], "device"),
+    "bench stream": ([], "device"),
+    "bench parallel": (["--model", "wan-tiny"], "device"),
+    "eval run": (["--prompts", "prompts.txt", "--out", "study"], "size"),
+}
+
+
+def commands(group: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, f"{path}{name} ")
+        yield f"{path}{name}", command
+
+
+def test_every_command_with_settings_is_listed() -> None:
+    having = {name for name, command in commands(get_command(app)) if any("--set" in p.opts for p in command.params)}
+    assert having == WITH_SET.keys()
+
+
+@pytest.mark.parametrize("command", WITH_SET)
+def test_a_setting_with_an_option_of_its_own_is_refused(command: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a canal\n")
+    needed, key = WITH_SET[command]
+    done = CliRunner().invoke(app, [*command.split(), *needed, "--set", f"{key}=1"])
+    error = done.stderr if done.exception is None or isinstance(done.exception, SystemExit) else str(done.exception)
+    assert done.exit_code != 0 and f"--{key}" in error and key in error
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts.txt"}
