@@ -322,7 +322,7 @@ void quantise_rows(const Tensor& x, const Tensor& out, const Tensor& scale, bool
 }
 
 void linear_wide(const Tensor& x, const Tensor& weight, const Tensor& out) {
-    out.copy_(at::mm(x.to(out.scalar_type()), weight.to(out.scalar_type()).t()));
+    out.copy_(at::linear(x.to(out.scalar_type()), weight.to(out.scalar_type())));
 }
 
 void linear_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& out) {

@@ -77,13 +77,14 @@ class Inbox:
         while self.silent * BEAT < self.timeout:
             time.sleep(BEAT)
             self.silent += 1
-        last = threading.Timer(BEAT, self.end, (1,))  # who reads stderr may be stopped, too
+        last = threading.Timer(1.0, self.end, (1,))  # who reads stderr may be stopped, too
         last.daemon = True
         last.start()
         try:
             if self.rank == 1:  # one error of all ranks
                 print(f"rank 0 has sent nothing for {self.timeout:g} s: it hangs. The other ranks end", file=sys.stderr)
         finally:
+            last.cancel()
             self.end(1)
 
     def send(self, message: Message) -> None:
