@@ -48,6 +48,7 @@ class DrainingServer(ReadyServer):
     ) -> None:
         super().__init__(config, ready)
         self.server, self.with_engine, self.lost = server, with_engine, False
+        self._stopped = False  # before the drain begins, which waits for the loop
         self._draining: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
 
@@ -59,7 +60,7 @@ class DrainingServer(ReadyServer):
     async def _watch_engine(self) -> None:
         while self.server.host.alive:
             await asyncio.sleep(LOOK_SECONDS)
-        if not self.should_exit and self._draining is None:
+        if not (self.should_exit or self._stopped):
             LOG.error("the engine has ended: %s", self.server.host.reason)
             self.lost = self.should_exit = True
 
@@ -73,6 +74,7 @@ class DrainingServer(ReadyServer):
     def request_drain(self) -> None:
         """Drain the live sessions and end; free to any thread once the server has started."""
         assert self.loop is not None
+        self._stopped = True
         self.loop.call_soon_threadsafe(self._begin_drain)
 
     def _begin_drain(self) -> None:
