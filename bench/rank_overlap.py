@@ -65,7 +65,7 @@ def joined(spans: Iterable[Span]) -> list[Span]:
 
 
 def overlap(trace: Mapping[str, Any]) -> Overlap:
-    """What a trace of `Profile` shows of one rank."""
+    """Overlap of one rank, from a trace of `Profile`."""
     waiting, computing = map(joined, spans(trace["traceEvents"]))
     hidden = sum(max(0.0, min(end, last) - max(begin, first)) for begin, end in waiting for first, last in computing)
     return Overlap(sum(end - begin for begin, end in waiting) / 1e3, hidden / 1e3)
