@@ -8,8 +8,6 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-import torch
-
 from ..errors import UsageError, quoted
 from ..runtime.capacity import planner
 from ..runtime.capacity.device_name import card_of
@@ -19,8 +17,9 @@ from ..runtime.load import load
 from ..runtime.parallel.ranked_worker import RankedWorker
 from ..runtime.parallel.rendezvous import Place
 from ..schemes.layouts import LAYERS
+from ..schemes.page_needs import needs_negative
+from .subject import random_prompt
 
-TEXT_ROWS = 64  # of a prompt's embeddings
 COMPARED = ("gpus", "parallel", "shard_weights")  # settings that the rows of a table differ in
 
 
@@ -76,9 +75,9 @@ def row(layout: str, ranks: int, milliseconds: float, log: Callable[[str], objec
 
 def timed(engine: Engine, size: tuple[int, int], blocks: int) -> float:
     """Median milliseconds of a block, decoder included, once the window is full."""
-    text = torch.zeros(TEXT_ROWS, engine.spec.text_dim, dtype=engine.dtype, device=engine.device)
-    before = planner.blocks_before_repeat(engine.preset)
-    with engine.open(prompt_embeds=text, size=size) as session:
+    before, prompt = planner.blocks_before_repeat(engine.preset), random_prompt(engine, 0)
+    negative = random_prompt(engine, 1) if needs_negative(engine.preset) else None
+    with engine.open(prompt_embeds=prompt, negative_embeds=negative, size=size) as session:
         marks = [time.perf_counter() for _ in session.stream(before + blocks + 1)]
     late = marks[before:]
     return median(later - earlier for earlier, later in pairwise(late)) * 1e3
