@@ -6,6 +6,7 @@ used, so that `import inferix` and the command's help stay instant.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,10 @@ MODULES = {
     "load": "runtime.load",
     "make_preset": "models.registry",
 }
+
+# Passes on a CPU have hundreds of parallel loops of microseconds. A thread that waits for the next by spinning holds a
+# core for which other threads wait. OpenMP reads the policy when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __all__ = [
     "EXECUTORS",

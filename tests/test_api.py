@@ -1,5 +1,9 @@
 """The public API: one-line reprs, public names, and refusals of plausible mistakes."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from oracles import ROWS, SIZE, make_engine
 
@@ -43,3 +47,14 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name():
         inferix.load("wan-tiny", device="cpu", kv_memry="4GB")
     with pytest.raises(inferix.UsageError, match=r"'presett'.*'preset'"):
         inferix.load("wan-tiny", device="cpu", presett="longlive")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the OpenMP of torch for Linux prints its settings")
+@pytest.mark.parametrize(("chosen", "read"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_sleep_unless_the_user_chose(chosen, read):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "true"} | ({"OMP_WAIT_POLICY": chosen} if chosen else {})
+    run = [sys.executable, "-c", "import inferix, torch"]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
+    (line,) = {line.strip() for line in done.stderr.splitlines() if "OMP_WAIT_POLICY" in line}
+    assert line.split("=")[1].strip(" '") == read
