@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -278,6 +279,63 @@ def test_a_rank_ends_once_rank_0_is_silent_and_the_first_reports_it(
         assert ("rank 0 has sent nothing for 2 s" in capsys.readouterr().err) == (rank == 1)
         theirs.close()
         until(lambda: codes.keys() >= {"rank-0", "beat"})
+
+
+def test_a_rank_whose_socket_is_full_delays_no_beat_to_another() -> None:
+    ends = [[Connection(end) for end in socketpair()] for _ in range(2)]
+    (full, reads), (mine, theirs) = ends
+    fill(full.stream)
+    received: list[str] = []
+
+    def receive() -> None:
+        while (message := theirs.receive()) is not None:
+            received.append(message.kind)
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    peers = Peers([Peer(1, full, 0, "test"), Peer(2, mine, 0, "test")], timeout=60)
+    until(lambda: len(received) >= 3)
+    assert set(received) == {"beat"} and peers.fault is None
+    peers.close()
+    reads.close()
+    thread.join()
+
+
+def fill(stream: socket.socket) -> None:
+    """Send until nothing more fits, and the system moves nothing on to the other end."""
+    for size in (1 << 16, 1):  # a few bytes may fit where many do not
+        refused = 0
+        while refused < 20:
+            try:
+                stream.send(bytes(size), socket.MSG_DONTWAIT)
+                refused = 0
+            except BlockingIOError:
+                refused += 1
+                time.sleep(0.01)
+
+
+def test_a_beat_that_was_sent_in_part_goes_on_before_the_next_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, theirs = (Connection(end) for end in socketpair())
+    stream = mine.stream
+
+    class Narrow:
+        """Takes a few bytes at a time."""
+
+        def send(self, data: bytes, flags: int) -> int:
+            return stream.send(data[:7], flags)
+
+        def sendall(self, data: bytes) -> None:
+            stream.sendall(data)
+
+    monkeypatch.setattr(mine, "stream", Narrow())
+    for _ in range(3):
+        mine.beat()
+    mine.send(Message("plan", {"number": 3}))
+    kinds = [message.kind for message in (theirs.receive(), theirs.receive()) if message is not None]
+    assert kinds == ["beat", "plan"]
+    monkeypatch.undo()
+    mine.close()
+    theirs.close()
 
 
 def test_rank_0_that_was_stopped_knows_it() -> None:
