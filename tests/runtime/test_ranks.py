@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import SIZE
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from thread_ranks import difference, pair, socketpair
 from torch import Tensor
 
@@ -214,6 +214,37 @@ def test_graphs_with_collectives_make_the_stream_of_eager(preset: str, layout: s
             made.append(blocks(session, 4))
     assert difference(*made) <= LIMIT
     fused.resources.worker.end()
+
+
+@pytest.mark.slow
+def test_ranks_store_graphs_in_folders_of_their_own_and_trace_none_again(tmp_path: Path) -> None:
+    """In processes of their own: graphs name groups, whose numbers are those of a process's worlds."""
+    script = (
+        "import sys, torch, inferix, safetensors.torch\n"
+        "settings = {'local_attn_size': 6, 'denoising_step_list': [1000], 'executor': 'fused'}\n"
+        "ranked = {'gpus': int(sys.argv[1]), 'parallel': sys.argv[2], 'graphs': sys.argv[3]}\n"
+        "engine = inferix.load('wan-ranks', 'self-forcing', device='cpu', **settings, **ranked)\n"
+        "with engine.open(prompt_embeds=torch.ones(3, 64)) as session:\n"
+        "    made = torch.cat([block.latents for block in session.stream(2, decode=False)])\n"
+        "safetensors.torch.save_file({'made': made}, sys.argv[4])\n"
+        "print(engine.executor.traces)\n"
+    )
+
+    def traced(layout: str, name: str) -> int:
+        arguments = ["2", layout, str(tmp_path / "graphs"), str(tmp_path / name)]
+        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=400)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        return int(done.stdout)
+
+    assert traced("ulysses", "first") > 0
+    stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "graphs").rglob("*.json")}
+    assert {path.parent.name for path in stored} == {"rank-0-of-2", "rank-1-of-2"}
+    assert traced("ulysses", "second") == 0
+    assert stored == {path: path.stat().st_mtime_ns for path in (tmp_path / "graphs").rglob("*.json")}
+    assert torch.equal(*(load_file(tmp_path / name)["made"] for name in ("first", "second")))
+    with pytest.raises(RuntimeError, match=r"shard"):
+        traced("pass-q", "other")
 
 
 @pytest.mark.slow
