@@ -139,8 +139,8 @@ def executor_candidate(engine: Engine, name: str, rows: Tensor, subject: Subject
     engines: list[Engine] = []
 
     def begin() -> EngineStream:
-        full = full_precision_engine if name == ORACLE else partial(with_executor, name=name)
-        engines[:] = engines or [full(engine, subject=subject)]
+        make = full_precision_engine if name == ORACLE else partial(with_executor, name=name)
+        engines[:] = engines or [make(engine, subject=subject)]
         return EngineStream(engines[0], rows, subject.seed, subject.size or engine.default_size)
 
     def owners(stream: EngineStream) -> dict[str, int]:

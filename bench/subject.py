@@ -193,9 +193,7 @@ def with_executor(engine: Engine, name: str, subject: Subject | None = None, **s
     assert subject is not None
     overrides = {key: value for key, value in subject.overrides.items() if key not in settings}
     overrides |= {"shard_weights": config.shard_weights}
-    return open_engine(
-        replace(subject, executor=name, graphs=None, parallel=config.parallel, overrides=overrides)
-    )
+    return open_engine(replace(subject, executor=name, graphs=None, parallel=config.parallel, overrides=overrides))
 
 
 def full_precision_engine(engine: Engine, subject: Subject | None = None) -> Engine:

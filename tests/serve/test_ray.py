@@ -211,13 +211,14 @@ def test_a_session_outlives_a_killed_replica_and_a_drained_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_of_one_replica_share_a_placement_group(tmp_path):
+@pytest.mark.parametrize("placement", ["STRICT_PACK", "PACK"])
+def test_two_ranks_of_one_replica_share_a_placement_group(placement, tmp_path):
     """A session on two ranks has the pictures of one; where a rank is killed, another replica goes on with it."""
     psutil = pytest.importorskip("psutil")
     engine = small_engine(ServeSettings(), rewind_blocks=0)
     alone = [block.frames for block in engine.open(PROMPT, seed=3).stream(3)]
     values = config(tmp_path, 1)
-    values["applications"][0]["args"] |= {"bundle": {"CPU": 0.5}}
+    values["applications"][0]["args"] |= {"bundle": {"CPU": 0.5}, "placement": placement}
     values["applications"][0]["args"]["load"] |= {"gpus": 2}
 
     def rank_processes():
@@ -264,7 +265,7 @@ def test_two_ranks_of_one_replica_share_a_placement_group(tmp_path):
         deploy(values)
         servers(1)
         before = group()
-        assert before["strategy"] == "STRICT_PACK"
+        assert before["strategy"] == placement
         assert [bundle["CPU"] for bundle in before["bundles"].values()] == [0.5, 0.5]
         asyncio.run(walk())
         assert group()["placement_group_id"] != before["placement_group_id"]
