@@ -153,8 +153,7 @@ def test_bytes_of_branches_on_ranks_of_their_own_equal_the_formula(preset: str, 
             assert (more > sent) == (place > 0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("layout", "ranks"), [(HEADS, 2), (JOINT, 4)])
+@pytest.mark.parametrize(("layout", "ranks"), [(HEADS, 2), pytest.param(JOINT, 4, marks=pytest.mark.slow)])
 def test_bytes_of_divided_weights_equal_the_formula(layout: str, ranks: int) -> None:
     settings: dict[str, object] = {"local_attn_size": 6, "denoising_step_list": [1000, 500]}
     with pair("self-forcing", layout, ranks, shard_weights=True, **settings) as (_, engine):
