@@ -15,7 +15,7 @@ from ..runtime.engine import Engine
 from ..runtime.load import load
 from ..runtime.parallel.rendezvous import Place
 from ..schemes.layouts import LAYERS, LAYOUTS
-from ..schemes.page_needs import needs_negative
+from ..schemes.page_needs import needs_negative, page_needs
 from ..schemes.presets import plain_fields
 from .subject import end_ranks, random_prompt
 
@@ -85,7 +85,9 @@ def described(engine: Engine, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def timed(engine: Engine, size: tuple[int, int], blocks: int) -> float:
-    """Median milliseconds of a block, decoder included, once the window is full."""
+    """Median milliseconds of a block, decoder included, once the window is full; UsageError where it never is."""
+    if page_needs(engine.preset).context is None:
+        raise UsageError("local_attn_size is -1, so that no block is like another; give a window, such as 21")
     before, prompt = planner.blocks_before_repeat(engine.preset), random_prompt(engine, 0)
     negative = random_prompt(engine, 1) if needs_negative(engine.preset) else None
     with engine.open(prompt_embeds=prompt, negative_embeds=negative, size=size) as session:

@@ -25,6 +25,12 @@ def test_a_steady_block_is_timed(preset):
     assert timed(engine, (32, 32), 1) > 0
 
 
+def test_a_window_that_is_never_full_is_refused():
+    engine = inferix.load("wan-tiny", device="cpu", text_prompts=False, local_attn_size=-1)
+    with pytest.raises(UsageError, match="local_attn_size is -1"):
+        timed(engine, (32, 32), 1)
+
+
 def measured(monkeypatch, gpus, fits):
     """A table of a small model, of the layouts that fit; all are timed without ranks."""
     small = {"device": "cpu", "text_prompts": False, "local_attn_size": 3}
