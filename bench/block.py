@@ -35,7 +35,7 @@ from .candidates import (
 from .inspection import inspect_block
 from .machine import card_of, environment, measure_ceilings, synchronize
 from .result import Result, Series
-from .subject import ORACLE, Subject, describe, open_engine, random_prompt, uses_fewer_bits
+from .subject import ORACLE, Subject, describe, end_ranks, open_engine, random_prompt, uses_fewer_bits
 from .work import (
     Work,
     blocks_until_full,
@@ -93,13 +93,16 @@ def run(options: Options, log: Log) -> Result:
     Raises UsageError for a subject that cannot be measured and InferixError if no candidate's outputs match.
     """
     bench = Bench(options, log)
-    bench.check_outputs()
-    for index in range(options.rounds):
-        for candidate in bench.in_round_order(index):
-            log(f"round {index + 1} of {options.rounds}: {candidate.name}")
-            bench.time_candidate(candidate, index)
-    bench.inspect_candidates()
-    return bench.result()
+    try:
+        bench.check_outputs()
+        for index in range(options.rounds):
+            for candidate in bench.in_round_order(index):
+                log(f"round {index + 1} of {options.rounds}: {candidate.name}")
+                bench.time_candidate(candidate, index)
+        bench.inspect_candidates()
+        return bench.result()
+    finally:
+        bench.end_ranks()
 
 
 class Bench:
@@ -110,6 +113,8 @@ class Bench:
         self.engine = open_engine(replace(subject, executor=ORACLE))
         self.device = str(self.engine.device)
         self.environment = environment(self.device)
+        if self.engine.layout_reason is not None:
+            log(f"parallel={self.engine.config.parallel}: {self.engine.layout_reason}")
         preset = self.engine.preset
         size = subject.size or self.engine.default_size
         warning = long_on_cpu(self.engine.spec, preset, self.engine.parts.vae.spec, size)
@@ -193,7 +198,8 @@ class Bench:
 
     def with_decoder(self, stream: Stream, samples: Samples) -> list[BlockOutput]:
         """Fill the window, then time decoded blocks at a full window; return all of them."""
-        card, outputs = card_of(self.device), list[BlockOutput]()
+        card = card_of(self.device) if self.engine.config.gpus == 1 else None  # energy is that of all GPUs
+        outputs = list[BlockOutput]()
         joules, metered = None, 0
         for plan in self.decoded:
             if plan.context == self.plan.context and not metered:
@@ -238,6 +244,12 @@ class Bench:
             for other in self.chosen:
                 other.drop()
             self.candidate_facts[candidate.name] |= inspect_block(candidate, self.engine, self.full, self.ceilings)
+
+    def end_ranks(self) -> None:
+        """End the ranks of all candidates."""
+        for candidate in self.chosen:
+            candidate.drop()
+        end_ranks(self.engine)
 
     def result(self) -> Result:
         about, settings = describe(self.engine, self.options.subject)

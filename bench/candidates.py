@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice, pairwise
 from typing import Any, Protocol
 
@@ -33,7 +34,7 @@ from .baseline import (
 from .diffusers_loop import DiffusersLoop
 from .diffusers_loop import unsupported_reason as no_diffusers_loop
 from .kernels import launch_errors
-from .subject import ORACLE, Subject, full_precision_engine, uses_fewer_bits, with_executor
+from .subject import ORACLE, Subject, end_ranks, full_precision_engine, uses_fewer_bits, with_executor
 
 NONE = "none"  # no baseline
 # Largest root mean square of the difference to the oracle's latents, relative to theirs, in any checked block.
@@ -120,6 +121,8 @@ def candidates(engine: Engine, rows: Tensor, subject: Subject) -> tuple[list[Can
     }  # fmt: skip
     if reason := unsupported_reason(engine.preset):
         left_out |= dict.fromkeys(BASELINE_NOTES, reason)
+    if engine.config.gpus > 1:
+        left_out |= dict.fromkeys(BASELINE_NOTES, "it runs on one GPU, without gpus")
     if reason := no_diffusers_loop(engine.spec, engine.preset):
         left_out["diffusers"] = reason
     available = [
@@ -136,7 +139,8 @@ def executor_candidate(engine: Engine, name: str, rows: Tensor, subject: Subject
     engines: list[Engine] = []
 
     def begin() -> EngineStream:
-        engines[:] = engines or [full_precision_engine(engine) if name == ORACLE else with_executor(engine, name)]
+        make = full_precision_engine if name == ORACLE else partial(with_executor, name=name)
+        engines[:] = engines or [make(engine, subject=subject)]
         return EngineStream(engines[0], rows, subject.seed, subject.size or engine.default_size)
 
     def owners(stream: EngineStream) -> dict[str, int]:
@@ -147,8 +151,14 @@ def executor_candidate(engine: Engine, name: str, rows: Tensor, subject: Subject
     def fallbacks() -> list[str]:
         return [reason for one in engines for reason in one.executor.fallbacks()]
 
+    def drop() -> None:
+        for own in engines:
+            if own is not engine:
+                end_ranks(own)
+        engines.clear()
+
     fewer_bits = name != ORACLE and uses_fewer_bits(engine.config)
-    return Candidate(name, executor_spec(name).about, begin, owners, engines.clear, fewer_bits, fallbacks)
+    return Candidate(name, executor_spec(name).about, begin, owners, drop, fewer_bits, fallbacks)
 
 
 def baseline_candidate(engine: Engine, name: str, rows: Tensor, subject: Subject) -> Candidate:
@@ -276,11 +286,16 @@ def make_checker(engine: Engine, rows: Tensor, subject: Subject, decoded: Sequen
     """Run the oracle for `len(decoded)` blocks, with frames where `decoded` is True, as the reference to check with."""
     tolerance, oracle = TOLERANCE[engine.dtype], executor_candidate(engine, ORACLE, rows, subject)
     outputs = outputs_of(oracle.open(), decoded)
+    oracle.drop()
     checker = OutputChecker([replace(block, latents=block.latents.cpu()) for block in outputs], tolerance)
     if not uses_fewer_bits(engine.config):
         return checker
-    plain = EngineStream(with_executor(engine, ORACLE), rows, subject.seed, subject.size or engine.default_size)
-    return replace(checker, bits_off=checker.largest_difference(outputs_of(plain, decoded)))
+    eager = with_executor(engine, ORACLE, subject)
+    plain = EngineStream(eager, rows, subject.seed, subject.size or engine.default_size)
+    bits_off = checker.largest_difference(outputs_of(plain, decoded))
+    if eager is not engine:
+        end_ranks(eager)
+    return replace(checker, bits_off=bits_off)
 
 
 def outputs_of(stream: Stream, decoded: Sequence[bool]) -> list[BlockOutput]:

@@ -268,7 +268,8 @@ class Recorder(TorchDispatchMode):
         """Run a collective between the ranks of `fake_shard`, in which nothing travels, and note what it would send."""
         traffic = group_of(self.given["group"]).traffic
         before = traffic.sent
-        spec.reference(*args)
+        with WithoutDriver():
+            spec.reference(*args)
         self.note(f"inferix::{spec.name}", EXCHANGE, 0, traffic.sent - before, 0, "link")
 
     def launch(self, op: OpOverload, args: Any, kwargs: Mapping[str, Any]) -> Any:

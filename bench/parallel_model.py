@@ -1,7 +1,8 @@
 """Predicted times of one world over 1 to 64 GPUs: the model of `inferix plan --gpus`, as a table in Markdown.
 
-`python -m inferix.bench.parallel_model --picture docs/parallel.png` prints the table of docs/parallel.md and draws it.
-Nothing is measured; every constant is an option, and those left out are the planner's.
+`python -m inferix.bench.parallel_model --picture docs/parallel.png` prints the table of docs/parallel.md and draws it;
+`--overlap` prints what collectives beside the compute of their layer would gain. Nothing is measured; every constant is
+an option, and those left out are the planner's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from pathlib import Path
 
 from ..errors import one_line_errors
 from ..models.registry import MODELS, family_of, make_preset
-from ..runtime.capacity import rank_planner
+from ..runtime.capacity import planner, rank_planner
+from ..runtime.capacity.costs import ITEMSIZE
 from ..runtime.capacity.gpus import CARDS
 from ..runtime.capacity.links import LINKS, Link, read_link
 from ..runtime.capacity.planner import Ceiling, Workload
@@ -98,6 +100,47 @@ def table(card: str, links: Sequence[Link], counts: Sequence[int] = COUNTS) -> I
             yield f"| {model}, {preset} | {link.source} | {' | '.join(cells)} |"
 
 
+def gained(load: Workload, best: RankPlan, ceiling: Ceiling, link: Link) -> float:
+    """Milliseconds of a block that values save if they travel while queries and keys are made (ulysses); below 0: lose.
+
+    They travel in a collective of their own, so each layer has one more, whose latency is hidden, too, where queries
+    and keys take as long.
+    """
+    spec, item, saved = load.spec, ITEMSIZE[load.dtype], 0.0
+    grid = rank_planner.divided_of(load).grid_of(best.layout, best.ranks)
+    if grid is None or grid.heads == 1:
+        return 0.0
+    blocks = planner.steady_blocks(load.preset)
+    for run in (run for block in blocks for run in rank_planner.runs_at(load, block, grid, 0)):
+        tokens = len(run.frames) * load.tokens / grid.tiles
+        sent = (grid.heads - 1) / grid.heads * tokens * spec.kv_heads * spec.head_dim * item
+        made = 2 * tokens * spec.dim * (spec.num_heads + spec.kv_heads) * spec.head_dim
+        making = made / (ceiling.tflops * rank_planner.EFFICIENCY * 1e12)
+        saved += spec.num_layers * min(sent / (link.bandwidth * 1e9), making - link.latency / 1e6)
+    return saved / len(blocks) * 1e3
+
+
+def overlap_table(card: str, links: Sequence[Link], counts: Sequence[int] = (2, 4, 8)) -> Iterator[str]:
+    """Rows of the table of overlap: shares of a pass, of bytes and of latency, and what sending values early gains."""
+    known = CARDS[card]
+    ceiling, memory = Ceiling(known.tflops, known.bandwidth, known.name), known.memory_gb * 10**9
+    yield "| model, preset | link | " + " | ".join(f"{count} GPUs" for count in counts) + " |"
+    yield "|---" * (2 + len(counts)) + "|"
+    for model, preset in ROWS:
+        load = workload(model, preset)
+        for link in links:
+            cells = []
+            for count in counts:
+                best = fastest(load, count, memory, ceiling, link)
+                if isinstance(best, str):
+                    cells.append(best)
+                    continue
+                passes = best.predicted - best.decoding
+                parts = (best.sending, best.waiting, gained(load, best, ceiling, link))
+                cells.append("{:.1f} + {:.1f} %, {:+.1f} %".format(*(100 * part / passes for part in parts)))
+            yield f"| {model}, {preset} | {link.source} | {' | '.join(cells)} |"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--card", default="h200", choices=sorted(CARDS))
@@ -105,13 +148,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bandwidth", type=float, help="GB/s of every link, in place of its own")
     parser.add_argument("--latency", type=float, help="microseconds of a collective, in place of the link's own")
     parser.add_argument("--picture", type=Path, help="PNG file to draw to")
+    parser.add_argument("--overlap", action="store_true", help="print what overlap within a layer would gain instead")
     chosen = parser.parse_args(arguments)
     links = [read_link(name) for name in chosen.link or LINKS]
     if chosen.bandwidth is not None:
         links = [replace(link, bandwidth=chosen.bandwidth) for link in links]
     if chosen.latency is not None:
         links = [replace(link, latency=chosen.latency) for link in links]
-    print("\n".join(table(chosen.card, links)))
+    print("\n".join((overlap_table if chosen.overlap else table)(chosen.card, links)))
     if chosen.picture is not None:
         picture(chosen.card, links, check_output(chosen.picture))
 

@@ -175,8 +175,8 @@ def points(result: Result) -> list[Point]:
         for stage, quantity, most in (("transformer", "transformer", roof), ("decoder", "decode", matmul)):
             drawn = stage == "decoder" and any(point.stage == "decoder" for point in shown)
             if quantity in series and not drawn:
-                flops = work[stage]["flops"]
-                intensity = flops / work[stage]["nbytes"]
+                flops = work[stage]["flops"] / result.gpus
+                intensity = work[stage]["flops"] / work[stage]["nbytes"]
                 shown.append(Point(name, stage, intensity, flops / series[quantity].median, most))
     return shown
 

@@ -11,15 +11,15 @@ from typing import Any
 from ..errors import UsageError, quoted
 from ..runtime.capacity import planner
 from ..runtime.capacity.device_name import card_of
-from ..runtime.capacity.rank_planner import divided
 from ..runtime.engine import Engine
 from ..runtime.load import load
-from ..runtime.parallel.ranked_worker import RankedWorker
 from ..runtime.parallel.rendezvous import Place
-from ..schemes.layouts import LAYERS
-from ..schemes.page_needs import needs_negative
-from .subject import random_prompt
+from ..schemes.layouts import LAYERS, LAYOUTS
+from ..schemes.page_needs import needs_negative, page_needs
+from ..schemes.presets import plain_fields
+from .subject import end_ranks, random_prompt
 
+ONE = "one"  # layout of one GPU
 COMPARED = ("gpus", "parallel", "shard_weights")  # settings that the rows of a table differ in
 
 
@@ -33,11 +33,11 @@ def measure(
     settings: Mapping[str, Any],
     log: Callable[[str], object],
 ) -> dict[str, Any]:
-    """Time a stream on one GPU, and in every layout of each divisor of `gpus`.
+    """Time a stream on one GPU, and in every layout of each divisor of `gpus` that fits; divided weights where only so.
 
     size: of pictures, None for the model's own. blocks: that are timed with a full window, of which the median counts.
-    Returns a table for `inferix plan --measured`. UsageError under a launcher, whose ranks serve one engine, and for
-    settings of a layout.
+    Returns a table for `inferix plan --measured`. UsageError under a launcher, whose ranks serve one engine, for
+    settings of a layout, and where no layout fits.
     """
     if given := [name for name in COMPARED if name in settings]:
         value = quoted(settings[given[0]])
@@ -45,36 +45,49 @@ def measure(
     if Place.of() is not None:
         raise UsageError("gpus were started by a launcher, whose ranks serve one engine; run this without torchrun")
     arguments: dict[str, Any] = {"device": device, "size": size, "text_prompts": False} | dict(settings)
-    alone = load(model, preset, **arguments)
-    pictures = size or alone.default_size
-    counts = divided(alone.spec, pictures, alone.preset.sampler.guide)
-    rows = [row("one", 1, timed(alone, pictures, blocks), log)]
-    about = {
-        "model": alone.spec.name, "preset": alone.preset.name, "size": list(pictures), "dtype": alone.config.dtype,
-        "device": card_of(alone.device), "executor": alone.config.executor, "blocks": blocks,
-        "kv_dtype": alone.config.kv_dtype or alone.config.dtype,
+    rows, about, refused = list[dict[str, Any]](), dict[str, Any](), list[str]()
+    for ranks in (count for count in range(1, gpus + 1) if gpus % count == 0):
+        for layout in [name for name in LAYOUTS if name != LAYERS] if ranks > 1 else [ONE]:
+            for shard_weights in (False, True) if ranks > 1 else (False,):
+                own: dict[str, Any] = {"gpus": ranks}
+                own |= {"parallel": layout, "shard_weights": shard_weights} if ranks > 1 else {}
+                try:
+                    engine = load(model, preset, **own, **arguments)
+                except UsageError as error:  # it does not divide, or does not fit
+                    refused.append(str(error))
+                    continue
+                try:
+                    milliseconds = timed(engine, size or engine.default_size, blocks)
+                finally:
+                    end_ranks(engine)
+                about = about or described(engine, size or engine.default_size)
+                del engine  # before the next one's weights are read
+                log(f"{layout} on {ranks}: {milliseconds:.1f} ms a block")
+                rows.append(
+                    {"layout": layout, "ranks": ranks, "shard_weights": shard_weights, "block_ms": milliseconds}
+                )
+                break
+            else:
+                log(f"{layout} on {ranks} is left out: {refused[-1]}")
+    if not rows:
+        raise UsageError(refused[0])
+    return {**about, "blocks": blocks, "layouts": rows}
+
+
+def described(engine: Engine, size: tuple[int, int]) -> dict[str, Any]:
+    """What the times are of, as `MeasuredLayouts.check` compares it."""
+    config = engine.config
+    return {
+        "model": engine.spec.name, "preset": engine.preset.name, "settings": plain_fields(engine.preset),
+        "size": list(size), "dtype": config.dtype, "device": card_of(engine.device), "executor": config.executor,
+        "kv_dtype": config.kv_dtype or config.dtype,
     }  # fmt: skip
-    del alone
-    for ranks in (count for count in range(2, gpus + 1) if gpus % count == 0):
-        for layout in (name for name in counts.layouts(ranks) if name != LAYERS):
-            engine = load(model, preset, gpus=ranks, parallel=layout, **arguments)
-            worker = engine.resources.worker
-            assert isinstance(worker, RankedWorker)
-            try:
-                rows.append(row(layout, ranks, timed(engine, pictures, blocks), log))
-            finally:
-                worker.end()
-            del engine, worker  # before the next one's weights are read
-    return {**about, "layouts": rows}
-
-
-def row(layout: str, ranks: int, milliseconds: float, log: Callable[[str], object]) -> dict[str, Any]:
-    log(f"{layout} on {ranks}: {milliseconds:.1f} ms a block")
-    return {"layout": layout, "ranks": ranks, "shard_weights": False, "block_ms": milliseconds}
 
 
 def timed(engine: Engine, size: tuple[int, int], blocks: int) -> float:
-    """Median milliseconds of a block, decoder included, once the window is full."""
+    """Median milliseconds of a block, decoder included, once the window is full; UsageError where it never is."""
+    if page_needs(engine.preset).context is None:
+        raise UsageError("local_attn_size is -1, so that no block is like another; give a window, such as 21")
     before, prompt = planner.blocks_before_repeat(engine.preset), random_prompt(engine, 0)
     negative = random_prompt(engine, 1) if needs_negative(engine.preset) else None
     with engine.open(prompt_embeds=prompt, negative_embeds=negative, size=size) as session:

@@ -76,7 +76,7 @@ class Candidate(NamedTuple):
         return f"{self.result.facts['block']['pixel_frames'] / times.median:.3g}" if times else ""
 
     def share_of_matmul(self) -> str:
-        transformer, ceiling = self.series("transformer"), self.result.ceilings["matmul_flops"].best
+        transformer, ceiling = self.series("transformer"), self.result.ceilings["matmul_flops"].best * self.result.gpus
         flops = self.result.facts["work"]["transformer"]["flops"]
         return f"{flops / transformer.median / ceiling:.0%}" if transformer else ""
 

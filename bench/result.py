@@ -86,8 +86,15 @@ class Result:
         return bool(self.environment["device"]["type"] != "cpu")
 
     @property
+    def gpus(self) -> int:
+        """Ranks that share each pass."""
+        return int(self.subject.get("ranks", {}).get("count", 1))
+
+    @property
     def device_name(self) -> str:
-        return str(self.environment["device"]["name"])
+        """Name of the device, with the layout of several ranks on as many."""
+        name = str(self.environment["device"]["name"])
+        return name if self.gpus == 1 else f"{self.gpus} x {name}, {self.subject['ranks']['layout']}"
 
     def of(self, candidate: str) -> dict[str, Series]:
         """Series of one candidate by quantity."""

@@ -43,6 +43,7 @@ from .subject import (
     Subject,
     check_memory,
     describe,
+    end_ranks,
     engine_settings,
     open_engine,
     prompt_arguments,
@@ -169,7 +170,20 @@ def run(options: Options, log: Log) -> Result:
     begun = environment(config.device)
     for name, marks in cold_starts(options, log).items():
         series |= start_series(name, marks)
-    engine, executor = open_engine(subject), config.executor
+    engine = open_engine(subject)
+    try:
+        return measure(engine, options, begun, series, log)
+    finally:
+        end_ranks(engine)
+
+
+def measure(
+    engine: Engine, options: Options, begun: dict[str, Any], series: dict[str, Series], log: Log
+) -> Result:
+    """Run all parts that share one engine. begun: environment at the beginning. series: of cold starts, to add to."""
+    subject, config, executor = options.subject, engine.config, engine.config.executor
+    if engine.layout_reason is not None:
+        log(f"parallel={config.parallel}: {engine.layout_reason}")
     log("measuring the machine's ceilings")
     ceilings = measure_ceilings(config.device, engine.dtype, config.lowp)
     rows, first = prompt_rows(engine, subject.seed), blocks_until_full(engine.preset) + 2

@@ -30,6 +30,8 @@ from ..runtime.engine import Engine
 from ..runtime.execution.loading import Components
 from ..runtime.executor_specs import REFERENCE
 from ..runtime.load import load
+from ..runtime.parallel.ranked_worker import RankedWorker
+from ..runtime.parallel.rendezvous import Place
 from ..schemes.presets import FIELDS, Preset, no_setting
 from .work import blocks_until_full
 
@@ -39,13 +41,14 @@ PROMPT = "a red robot in a snowy forest by day"
 PROMPT_ROWS = 1 / 4  # of the text encoder's rows; the rest is zero, as after a prompt's end
 ORACLE = REFERENCE  # the executor that computes the reference
 FULL = {"lowp": None, "lowp_layers": EVERY_BLOCK, "lowp_keep": (), "kv_dtype": None}  # full precision
+OF_RANKS = ("shard_weights", "shard_decoder", "rank_timeout")
 
 
 class Settings(NamedTuple):
-    """Fields of the preset, and of the engine's config: the precision of layers and pages."""
+    """Fields of the preset, and of the engine's config: the precision of layers and pages, and those of ranks."""
 
     preset: dict[str, Any]
-    bits: dict[str, Any]
+    config: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class Subject:
 
     random_weights: untrained weights of a named model's sizes. frames_in_window: the policy's window in latent
     frames. graphs: folder of stored graphs, for graph executors. overrides: fields of the preset, and the engine's
-    lowp, lowp_layers, lowp_keep and kv_dtype. offline: no weights are downloaded. force: load what the planner refuses.
+    lowp, lowp_layers, lowp_keep, kv_dtype, and those of `OF_RANKS`. offline: no weights are downloaded. force: load
+    what the planner refuses. gpus: ranks that share each pass, in the layout `parallel`.
     """
 
     model: str
@@ -73,6 +77,8 @@ class Subject:
     overrides: dict[str, Any] = field(default_factory=dict)
     offline: bool = False
     force: bool = False
+    gpus: int | None = None
+    parallel: str | None = None
 
     @property
     def is_named(self) -> bool:
@@ -85,7 +91,7 @@ class Subject:
         return self.is_named or self.random_weights
 
     def check(self) -> None:
-        """Raise UsageError for an unknown model and for random weights of a model without a name."""
+        """Raise UsageError for an unknown model, random weights of a model without a name, and a launcher's ranks."""
         if self.random_weights and self.model not in MODELS:
             known = f"{nearest(self.model, MODELS)}; there are {', '.join(MODELS)}"
             raise UsageError(f"random_weights needs the name of a model, not {quoted(self.model)}{known}")
@@ -93,6 +99,18 @@ class Subject:
         if not (exists or is_hub_name(self.model)):
             known = f"{nearest(self.model, MODELS)}; expected a path, org/name, or one of {', '.join(MODELS)}"
             raise UsageError(f"no model {quoted(self.model)}{known}")
+        if self.gpus in (None, 1):
+            return
+        if Place.of() is not None:
+            raise UsageError(
+                f"gpus is {self.gpus}, ranks that a launcher started and that serve one engine, but a benchmark loads "
+                "several; run this without torchrun"
+            )
+        if self.random_weights and not self.is_named:
+            raise UsageError(
+                f"random_weights is True with gpus={self.gpus}, whose ranks load {quoted(self.model)} by themselves; "
+                "leave random_weights out"
+            )
 
     def settings(self) -> Settings:
         """Split the overrides into those of the preset, the window included, and those of the config.
@@ -101,13 +119,13 @@ class Subject:
         """
         preset = self.preset or default_preset(self.model)
         for key in self.overrides:
-            if key not in (known := {*FIELDS, *FULL}):
+            if key not in (known := {*FIELDS, *FULL, *OF_RANKS}):
                 raise no_setting(key, known)
-        ours = {key: value for key, value in self.overrides.items() if key not in FULL}
-        bits = {key: value for key, value in self.overrides.items() if key in FULL}
-        bits |= {key: patterns(key, bits[key]) for key in ("lowp_layers", "lowp_keep") if key in bits}
+        ours = {key: value for key, value in self.overrides.items() if key in FIELDS}
+        config = {key: value for key, value in self.overrides.items() if key not in FIELDS}
+        config |= {key: patterns(key, config[key]) for key in ("lowp_layers", "lowp_keep") if key in config}
         if self.frames_in_window is None:
-            return Settings(ours, bits)
+            return Settings(ours, config)
         scheme = make_preset(preset, **ours)
         window = scheme.context.local_attn_size
         bounded = scheme.context.segment_frames or not scheme.context.commit
@@ -119,7 +137,7 @@ class Subject:
             )
         if ours.get("local_attn_size", self.frames_in_window) != self.frames_in_window:
             raise UsageError(f"frames_in_window is {self.frames_in_window} and local_attn_size is {window}; give one")
-        return Settings({**ours, "local_attn_size": self.frames_in_window}, bits)
+        return Settings({**ours, "local_attn_size": self.frames_in_window}, config)
 
 
 def engine_settings(subject: Subject) -> tuple[EngineConfig, Preset]:
@@ -128,22 +146,27 @@ def engine_settings(subject: Subject) -> tuple[EngineConfig, Preset]:
     name, settings = subject.preset or default_preset(subject.model), subject.settings()
     config = EngineConfig.of(
         subject.model, name, device=subject.device, dtype=subject.dtype, base=subject.base, vae=subject.vae,
-        names=subject.names, executor=subject.executor, graphs=subject.graphs, **settings.bits,
+        names=subject.names, executor=subject.executor, graphs=subject.graphs, gpus=subject.gpus,
+        parallel=subject.parallel, **settings.config,
     )  # fmt: skip
     return config, make_preset(name, **settings.preset)
 
 
 def open_engine(subject: Subject) -> Engine:
-    """Open the subject's engine. Raises UsageError for settings that contradict, and for too little memory."""
+    """Open the subject's engine. Raises UsageError for settings that contradict, and for too little memory.
+
+    Ranks draw random weights as `load` does, whatever the seed.
+    """
     config, preset = engine_settings(subject)
-    if subject.is_random:
+    if subject.is_random and config.gpus == 1:
         check_memory(subject)
         return Engine(config, preset, random_parts(MODELS[subject.model], config, subject.seed))
     settings = subject.settings()
     return load(
         subject.model, preset=config.preset, device=config.device, dtype=subject.dtype, vae=subject.vae,
         base=subject.base, names=subject.names, executor=config.executor, graphs=subject.graphs, size=subject.size,
-        offline=subject.offline, force=subject.force, **settings.bits, **settings.preset,
+        offline=subject.offline, force=subject.force, gpus=config.gpus, parallel=config.parallel,
+        text_prompts=not subject.is_random, **settings.config, **settings.preset,
     )  # fmt: skip
 
 
@@ -157,16 +180,31 @@ def check_memory(subject: Subject) -> None:
         check(spec, decoder, text=0, fast=None, made_on_host=False)
 
 
-def with_executor(engine: Engine, name: str, **settings: Any) -> Engine:
-    """Open an engine over the same weights with another executor, without stored graphs, and other settings."""
+def with_executor(engine: Engine, name: str, subject: Subject | None = None, **settings: Any) -> Engine:
+    """Open an engine over the same weights with another executor, without stored graphs, and other settings.
+
+    subject: of an engine of several ranks, beside which the other engine starts ranks of its own, in the same layout.
+    """
     config = replace(engine.config, executor=name, graphs=None, **settings)
-    same = replace(engine.config, graphs=None) == config
-    return engine if same else Engine(config, engine.preset, engine.parts)
+    if replace(engine.config, graphs=None) == config:
+        return engine
+    if config.gpus == 1:
+        return Engine(config, engine.preset, engine.parts)
+    assert subject is not None
+    overrides = {key: value for key, value in subject.overrides.items() if key not in settings}
+    overrides |= {"shard_weights": config.shard_weights}
+    return open_engine(replace(subject, executor=name, graphs=None, parallel=config.parallel, overrides=overrides))
 
 
-def full_precision_engine(engine: Engine) -> Engine:
+def full_precision_engine(engine: Engine, subject: Subject | None = None) -> Engine:
     """Open the oracle over the same weights: the eager executor, layers and pages in the model's dtype."""
-    return with_executor(engine, ORACLE, **FULL)
+    return with_executor(engine, ORACLE, subject, **FULL)
+
+
+def end_ranks(engine: Engine) -> None:
+    """End the ranks of an engine, where it has some."""
+    if isinstance(worker := engine.resources.worker, RankedWorker):
+        worker.end()
 
 
 def uses_fewer_bits(config: EngineConfig) -> bool:
@@ -234,6 +272,9 @@ def describe(engine: Engine, subject: Subject) -> tuple[dict[str, Any], dict[str
         "parameters": sum(weight.numel() for weight in engine.parts.transformer.parameters()),
         "decoder": engine.parts.vae.name,
     }  # fmt: skip
+    if (config := engine.config).gpus > 1:
+        layout = {"layout": config.parallel, "shard_weights": config.shard_weights, "reason": engine.layout_reason}
+        about["ranks"] = {"count": config.gpus, **layout}
     settings = {
         "size": list(size), "seed": subject.seed, "frames_in_window": subject.frames_in_window,
         **{key: description[key] for key in ("config", "preset", "network_timesteps", "model", "vae")},

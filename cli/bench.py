@@ -21,13 +21,16 @@ from .options import (
     EXECUTOR,
     EXECUTOR_NAMES,
     FORCE,
+    GPUS,
     NAMES,
     OFFLINE,
+    PARALLEL,
     PRESET,
     UNTRAINED,
     check_settings,
     parse_settings,
     parse_size,
+    ranks_of_launcher,
 )
 
 if TYPE_CHECKING:
@@ -188,6 +191,8 @@ def block(
     base: str | None = BASE,
     names: str | None = NAMES,
     device: str | None = DEVICE,
+    gpus: int | None = GPUS,
+    parallel: str | None = PARALLEL,
     dtype: str | None = DTYPE,
     seed: int = SEED,
     settings: list[str] = SETTINGS,
@@ -207,9 +212,14 @@ def block(
     With --set lowp=fp8, kv_dtype=fp8 or both, fused and captured have low-precision layers and pages. The other
     candidates stay in the model's dtype, and all are compared with eager in that dtype.
 
+    With --gpus every executor runs on so many ranks, and is compared with eager on these. Baselines run on one GPU, so
+    there are none. Memory and profile are those of rank 0.
+
     Example: inferix bench block --model tinyworld --executor eager --baseline none --rounds 1 --blocks 4
 
     Example: inferix bench block --size 64x64 --rounds 1 --blocks 2 --set lowp=int8 --set kv_dtype=int8
+
+    Ranks: inferix bench block --model wan-ranks --gpus 2 --device cpu --executor eager --set local_attn_size=6
 
     On a GPU: inferix bench block --model wan-1.3b --preset self-forcing --random-weights --out results/sf.json
     """
@@ -217,7 +227,7 @@ def block(
 
     subject = the_subject(
         ctx, model, preset, random_weights, frames_in_window, size, vae, base, names, device, dtype, seed, settings,
-        offline, force,
+        offline, force, gpus, parallel,
     )  # fmt: skip
     options = bench.Options(subject, rounds, blocks, tuple(executor), tuple(baseline))
     check_out(out, {"--model": model, "--vae": vae, "--base": base})
@@ -246,6 +256,8 @@ def stream(
     base: str | None = BASE,
     names: str | None = NAMES,
     device: str | None = DEVICE,
+    gpus: int | None = GPUS,
+    parallel: str | None = PARALLEL,
     dtype: str | None = DTYPE,
     seed: int = SEED,
     settings: list[str] = SETTINGS,
@@ -258,7 +270,8 @@ def stream(
 
     Each cold start is its own process, first with empty compile caches and then, if anything was compiled, with warm
     ones. Then, at a full window: time between blocks (p50, p95, p99, worst), FPS with the decoder, jitter, late blocks,
-    and the time from a control to the first block that shows it.
+    and the time from a control to the first block that shows it. With --gpus all of it is of one world of so many
+    ranks, which a cold start starts, too.
 
     Example: inferix bench stream --size 64x64 --blocks 4 --starts 1 --sessions 2 --batches batches.json
 
@@ -270,7 +283,7 @@ def stream(
 
     subject = the_subject(
         ctx, model, preset, random_weights, frames_in_window, size, vae, base, names, device, dtype, seed, settings,
-        offline, force,
+        offline, force, gpus, parallel,
     )  # fmt: skip
     subject = replace(subject, executor=executor)
     options = bench.Options(subject, blocks, starts, controls, sessions, minutes, sink, batches)
@@ -561,6 +574,8 @@ def the_subject(
     settings: list[str],
     offline: bool,
     force: bool,
+    gpus: int | None,
+    parallel: str | None,
 ) -> Subject:
     """Make the subject of a benchmark from the options."""
     from ..bench.subject import Subject
@@ -571,6 +586,7 @@ def the_subject(
         model=model, preset=preset, random_weights=random_weights, frames_in_window=frames_in_window,
         size=parse_size(size) if size else None, device=device, dtype=dtype, vae=vae, base=base, names=names,
         seed=seed, overrides=overrides, offline=offline, force=force,
+        gpus=gpus or ranks_of_launcher(), parallel=parallel,
     )  # fmt: skip
 
 
@@ -612,7 +628,7 @@ def finish(result: Result, out: Path | None, as_json: bool, show: Callable[[Resu
 
 
 def print_block(result: Result) -> None:
-    block, matmul = result.facts["block"], result.ceilings["matmul_flops"].best
+    block, matmul = result.facts["block"], result.ceilings["matmul_flops"].best * result.gpus
     plain = result.of("plain").get("block")
     table = Table("candidate", "block", "interval", "FPS", "transformer", "of matmul", "decoder", "to plain", "off by")
     for name, facts in result.facts["candidates"].items():
@@ -634,7 +650,7 @@ def print_block(result: Result) -> None:
     console.print(table)
     console.print(
         f"{place(result)}; {block['pixel_frames']} pixel frames a block, window of {block['window_frames']} latent "
-        f"frames; matmul here {matmul / 1e9:.4g} GFLOP/s"
+        f"frames; matmul here {matmul / result.gpus / 1e9:.4g} GFLOP/s"
     )
     if packed := [name for name, facts in result.facts["candidates"].items() if facts["fewer_bits"]]:
         bits = result.facts["bits_off"]

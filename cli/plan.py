@@ -13,6 +13,7 @@ from ..runtime.capacity.gpus import CARDS
 from ..runtime.executor_specs import EXECUTORS, default_executor
 from .options import DEFAULT_MODEL, NAMES, PRESET, check_settings, parse_settings
 
+LINK, GOAL = "nvlink", "latency"
 
 def plan(
     ctx: typer.Context,
@@ -25,13 +26,17 @@ def plan(
     memory: str | None = typer.Option(None, help="Available memory, such as 24GB (10^9 bytes) or 22GiB (2^30)."),
     gpu: str | None = typer.Option(None, help=f"A known card, for memory and speed: {', '.join(CARDS)}."),
     gpus: int | None = typer.Option(None, metavar="N", help="Compare the layouts of this many GPUs; needs --gpu."),
-    link: str = typer.Option(
-        "nvlink", help="Link between GPUs: nvlink, pcie, nodes (between machines), or a JSON file of a measured one."
+    link: str | None = typer.Option(
+        None,
+        help="With --gpus: link between them, nvlink, pcie, nodes (between machines), or a JSON file of a measured "
+        f"one.  [default: {LINK}]",
     ),
     measured: Path | None = typer.Option(
         None, help="With --gpus: file of inferix bench parallel --model, whose times replace predicted ones."
     ),
-    goal: str = typer.Option("latency", help="With --gpus: latency of one stream, or throughput of all."),
+    goal: str | None = typer.Option(
+        None, help=f"With --gpus: latency of one stream, or throughput of all.  [default: {GOAL}]"
+    ),
     sessions: int = typer.Option(1, help="Streams at a time."),
     dtype: str = typer.Option("bfloat16", help="Of weights and activations: float32, bfloat16, float16."),
     kv_dtype: str | None = typer.Option(None, help="Of KV pages, such as fp8 or int8.  [default: as --dtype]"),
@@ -67,8 +72,10 @@ def plan(
     if table:
         typer.echo("\n\n".join(report.tables()))
         return
-    if measured is not None and gpus is None:
-        raise UsageError(f"--measured is {quoted(str(measured))} without --gpus, whose layouts it is for; give --gpus")
+    of_layouts = {"--link": link, "--measured": measured, "--goal": goal}
+    if gpus is None and (given := [option for option, value in of_layouts.items() if value is not None]):
+        value = quoted(str(of_layouts[given[0]]))
+        raise UsageError(f"{given[0]} is {value} without --gpus, whose layouts it is for; give --gpus")
     overrides = parse_settings(settings)
     check_settings(ctx, overrides)
     load = report.workload(
@@ -85,8 +92,9 @@ def plan(
         if budget is None:
             raise UsageError(f"--gpus is {gpus} without a card; give --gpu, one of {', '.join(CARDS)}")
         facts["ranks"] = report.describe_ranks(
-            load, gpus, budget, report.ceiling(card, tflops, bandwidth, load.dtype), link, goal, measured, gpu
-        )
+            load, gpus, budget, report.ceiling(card, tflops, bandwidth, load.dtype), link or LINK, goal or GOAL,
+            measured, gpu,
+        )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(facts))
     else:

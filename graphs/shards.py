@@ -89,6 +89,13 @@ class Shard:
         return self.heads.size * self.tokens.size
 
     @property
+    def groups(self) -> set[int]:
+        """Numbers of all its groups; 0 for none."""
+        axes = (self.heads, self.tokens, self.weights, self.columns)
+        own = {self.group, self.every, self.stage.before, self.stage.after, self.stage.group}
+        return own | {axis.group for axis in axes}
+
+    @property
     def runs_alone(self) -> bool:
         """True if this rank computes whole passes by itself."""
         return self.ranks == self.stage.size == 1

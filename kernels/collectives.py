@@ -7,7 +7,7 @@ travel as they are, so every dtype does, and a result has the same bits on every
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +97,12 @@ def add_group(group: RankGroup) -> int:
     number = max(GROUPS, default=0) + 1
     GROUPS[number] = group
     return number
+
+
+def remove_groups(numbers: Iterable[int]) -> None:
+    """Forget groups, whose numbers are then free for those of another world."""
+    for number in numbers:
+        GROUPS.pop(number, None)
 
 
 def group_of(number: int) -> RankGroup:

@@ -144,9 +144,12 @@ class EngineConfig:
                 f"is nothing to choose; give gpus, 2 or more, with parallel={AUTO}, or leave measured out"
             )
         if self.gpus == 1:
-            for key in ("shard_weights", "shard_decoder"):
-                if getattr(self, key):
-                    raise UsageError(f"{key} is True with gpus=1, where nothing is divided; give gpus, 2 or more")
+            for key, nothing in (("parallel", AUTO), ("shard_weights", False), ("shard_decoder", False)):
+                if getattr(self, key) not in (nothing, None):
+                    raise UsageError(
+                        f"{key} is {quoted(getattr(self, key))} with gpus=1, where nothing is divided; give gpus, 2 or "
+                        "more"
+                    )
             return
         if self.parallel == LAYERS:
             for key, refused in (
@@ -161,11 +164,6 @@ class EngineConfig:
         if self.shard_weights and self.lowp is not None:
             raise UsageError(
                 f"shard_weights is True with lowp={self.lowp}, whose packed layers are not divided; leave one out"
-            )
-        if self.graphs is not None:
-            raise UsageError(
-                f"graphs is {quoted(self.graphs)} with gpus={self.gpus}, but stored graphs are of one rank; leave "
-                "graphs out: each rank traces its own at the start"
             )
 
     def _check_capabilities(self) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -148,6 +149,13 @@ def with_settings(preset: Preset, /, **overrides: Any) -> Preset:
         context=dataclasses.replace(preset.context, **changes["context"]),
         **changes[None],
     )
+
+
+def plain_fields(preset: Preset) -> dict[str, Any]:
+    """Values of all fields by flat name, as JSON has them."""
+    values = {key: getattr(getattr(preset, part) if part else preset, key) for key, (part, _) in FIELDS.items()}
+    plain: dict[str, Any] = json.loads(json.dumps(values))
+    return plain
 
 
 def no_setting(key: str, known: Collection[str]) -> UsageError:

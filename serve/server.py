@@ -6,7 +6,8 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from types import FrameType
 from typing import Any
 
@@ -15,10 +16,12 @@ import uvicorn
 from ..errors import UsageError, quoted
 from .access import LOOPBACK, Access
 from .app import Server, make_app
+from .live_session import LiveSession
 from .settings import ServeSettings
 
 LOG = logging.getLogger("inferix.serve")
 LOOK_SECONDS = 0.5  # between two looks at the engine
+TELL_SECONDS = 2.0  # for viewers to get the reason why an engine has ended
 PING_SECONDS = 20.0  # between two pings of a WebSocket; a client that answers none is disconnected after as long
 
 
@@ -58,11 +61,23 @@ class DrainingServer(ReadyServer):
             self._watch = asyncio.ensure_future(self._watch_engine())
 
     async def _watch_engine(self) -> None:
+        lives = set[LiveSession]()
         while self.server.host.alive:
+            lives = set(self.server.live.sessions.values())
             await asyncio.sleep(LOOK_SECONDS)
         if not (self.should_exit or self._stopped):
             LOG.error("the engine has ended: %s", self.server.host.reason)
-            self.lost = self.should_exit = True
+            self.lost = True
+            await self._tell(lives.union(self.server.live.sessions.values()))
+            self.should_exit = True
+
+    async def _tell(self, lives: Collection[LiveSession]) -> None:
+        """End sessions of an engine that has ended; their viewers get the reason before the connection is closed."""
+        for live in lives:
+            live.end("lost", str(self.server.host.reason))
+        until = time.monotonic() + TELL_SECONDS
+        while any(live.viewer is not None for live in lives) and time.monotonic() < until:
+            await asyncio.sleep(LOOK_SECONDS / 10)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._draining is not None or self.loop is None:

@@ -342,7 +342,7 @@ def modulation_dtype(precision: Precision, dtype: torch.dtype) -> torch.dtype:
 
 def widened(linear: nn.Linear, x: Tensor) -> Tensor:
     """A linear layer in the dtype of `x`, which may be wider than that of its weights."""
-    if isinstance(linear, nn.Linear) and linear.weight.dtype != x.dtype:
+    if isinstance(linear, nn.Linear) and linear.bias.dtype != x.dtype:  # ranks gather a weight wherever it is read
         return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
     out: Tensor = linear(x)
     return out

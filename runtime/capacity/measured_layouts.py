@@ -9,6 +9,7 @@ from typing import Any
 
 from ...errors import UsageError, quoted
 from ...models.files import parse_json
+from ...schemes.presets import plain_fields
 from .gpus import card_named
 from .links import Link, measured_link
 from .planner import Workload
@@ -21,8 +22,8 @@ Layout = tuple[str, int, bool]  # name, ranks, and whether they divide the weigh
 class MeasuredLayouts:
     """Milliseconds of a steady block by layout, decoder included.
 
-    file: where they are from. about: model, preset, size, dtype and device of the run, executor and kv_dtype where the
-    file has them. link: measured beside them.
+    file: where they are from. about: model, preset, size, dtype and device of the run; executor, kv_dtype and fields of
+    the preset where the file has them. link: measured beside them.
     """
 
     file: str
@@ -31,7 +32,7 @@ class MeasuredLayouts:
     link: Link | None = None
 
     def check(self, load: Workload, device: str | None = None, card: str | None = None) -> None:
-        """UsageError for times of another model, preset, size, dtype, executor or machine.
+        """UsageError for times of another model, preset or setting of it, size, dtype, executor or machine.
 
         device: as `card_of` names it. card: name of a known card, where the device is not here.
         """
@@ -39,6 +40,8 @@ class MeasuredLayouts:
             "model": load.spec.name, "preset": load.preset.name, "size": list(load.size), "dtype": load.dtype,
         }  # fmt: skip
         there = dict(self.about)
+        here |= plain_fields(load.preset)
+        there |= there.pop("settings", {})
         if device is not None:  # an engine, whose settings are known
             here |= {"device": device, "executor": load.executor, "kv_dtype": load.kv_dtype}
         if card is not None:
@@ -66,6 +69,7 @@ def read_measured(name: str) -> MeasuredLayouts:
         content = parse_json(path.read_text("utf-8"))
         about = {key: content[key] for key in ("model", "preset", "size", "dtype", "device")}
         about |= {key: content[key] for key in ("executor", "kv_dtype") if key in content}
+        about["settings"] = dict(content.get("settings", {}))
         blocks = {
             (str(row["layout"]), int(row["ranks"]), flag(row["shard_weights"])): float(row["block_ms"])
             for row in content["layouts"]

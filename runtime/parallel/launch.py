@@ -38,7 +38,7 @@ from .messages import Connection, Message
 from .peers import Peer, Peers
 from .rank_process import ADDRESS
 from .ranked_worker import RankedWorker
-from .rendezvous import LOCAL, START, Place, join_grid, join_store
+from .rendezvous import LOCAL, START, Place, host_store, join_grid, join_store
 
 COLLECTIVE = 1.25  # a collective ends by itself after so many timeouts of a rank, whose process may be out of reach
 WORLDS = count(1)  # of this process
@@ -133,7 +133,7 @@ def start(
     ranks, place = config.gpus, Place.of()
     number = next(WORLDS)
     if place is None:
-        store = dist.TCPStore(LOCAL, 0, ranks, True, START, wait_for_workers=False)
+        store = host_store(LOCAL, ranks)
         place = Place(0, ranks, 0, LOCAL, store.port)
     else:
         if place.ranks != ranks:

@@ -36,10 +36,10 @@ class Message:
 
 
 class Connection:
-    """One end of a connection. Any thread may send; one thread receives."""
+    """One end of a connection. Any thread may send; one thread receives. unsent: the rest of a beat."""
 
     def __init__(self, stream: socket.socket) -> None:
-        self.stream, self.lock = stream, threading.Lock()
+        self.stream, self.lock, self.unsent = stream, threading.Lock(), b""
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, message: Message) -> None:
@@ -48,15 +48,22 @@ class Connection:
         named = {str(index): tensor.cpu().contiguous() for index, tensor in enumerate(message.tensors)}
         data = save(named) if named else b""
         with self.lock:
-            self.stream.sendall(HEADER.pack(MAGIC, len(text), len(message.plan), len(data)) + text + message.plan)
+            header = HEADER.pack(MAGIC, len(text), len(message.plan), len(data))
+            self.stream.sendall(self.unsent + header + text + message.plan)
+            self.unsent = b""
             self.stream.sendall(data)
 
     def beat(self) -> None:
-        """Send a sign of life, unless a message is on its way, which is one; OSError where the other end is gone."""
+        """Send a sign of life, and wait for nothing; OSError where the other end is gone.
+
+        A message on its way is such a sign, and so are the bytes of a full socket, which the other end has yet to read.
+        """
         text = json.dumps({"kind": "beat"}).encode()
         if self.lock.acquire(blocking=False):
             try:
-                self.stream.sendall(HEADER.pack(MAGIC, len(text), 0, 0) + text)
+                beat = self.unsent or HEADER.pack(MAGIC, len(text), 0, 0) + text
+                with contextlib.suppress(BlockingIOError):
+                    self.unsent = beat[self.stream.send(beat, socket.MSG_DONTWAIT) :]
             finally:
                 self.lock.release()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...errors import RankFailed
 from ...graphs.shards import Shard
 from ...graphs.tiles import shares
-from ...kernels.collectives import CollectiveFailed, RankGroup
+from ...kernels.collectives import CollectiveFailed, RankGroup, remove_groups
 from ...models.column_decoder import divided_columns
 from ..execution.executors import Executor
 from ..plans import (
@@ -52,7 +52,7 @@ class RankedWorker:
     def __init__(self, local: LocalWorker, peers: Peers, group: RankGroup) -> None:
         self.local, self.peers, self.group = local, peers, group
         self.shard = local.parts.shard
-        self.end = weakref.finalize(self, peers.close)  # also at the exit of the process
+        self.end = weakref.finalize(self, end_world, peers, self.shard)  # also at the exit of the process
 
     @property
     def supports_whole_block(self) -> bool:
@@ -154,6 +154,12 @@ class RankedWorker:
 
     def joined(self, grid: Grid, parts: Sequence[Tensor]) -> Tensor:
         return joined([part.to(parts[0].device) for part in parts], self.shard, grid)
+
+
+def end_world(peers: Peers, shard: Shard) -> None:
+    """End all ranks, and free the numbers of their groups here."""
+    peers.close()
+    remove_groups(shard.groups)
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,13 @@ class Place:
     def environment(self) -> dict[str, str]:
         return {
             "RANK": str(self.rank), "WORLD_SIZE": str(self.ranks), "LOCAL_RANK": str(self.local),
-            "MASTER_ADDR": self.host, "MASTER_PORT": str(self.port),
+            "MASTER_ADDR": self.host, "MASTER_PORT": str(self.port), "TORCHELASTIC_USE_AGENT_STORE": str(self.hosted),
         }  # fmt: skip
+
+
+def host_store(host: str, ranks: int) -> dist.TCPStore:
+    """A store on a free port, for ranks of which this process is 0, or their launcher."""
+    return dist.TCPStore(host, 0, ranks, True, START, wait_for_workers=False)
 
 
 def join_store(place: Place) -> dist.TCPStore:

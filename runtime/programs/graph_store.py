@@ -1,7 +1,8 @@
 """Graph store: a folder of lowered graphs, one file for each graph key, so that a second start traces nothing.
 
 A folder is for one model, preset, precision, GPU and set of versions, recorded in `identity.json`; any difference is an
-error. Files are written atomically. On a GPU the store also has Triton's cache of compiled kernels.
+error. Of several ranks it has a folder for each. Files are written atomically. On a GPU the store also has Triton's
+cache of compiled kernels.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import torch
 from ...errors import InferixError, UsageError, cut, quoted
 from ...graphs.codec import decode_lowered, encode_lowered
 from ...graphs.lowered import Lowered, digest
+from ...graphs.shards import ALONE
+from ...kernels.collectives import group_of
 from ...models.files import check_file, parse_json, reason
 from ...version import __version__
 from ..capacity.device_name import card_of
@@ -46,6 +49,7 @@ def identity(graphs: GraphBuilder) -> dict[str, Any]:
         "precision": graphs.precision,
         "rewrites": list(graphs.rewrites),
         "lowp": None if graphs.lowp is None else asdict(graphs.lowp),
+        "shard": None if graphs.shard == ALONE else asdict(graphs.shard),
         "model": asdict(graphs.spec),
         "preset": {key: value for key, value in asdict(graphs.preset).items() if key != "about"},
     }
@@ -89,8 +93,12 @@ class GraphStore:
         """Open the store in a folder; with `create`, make a new one where there is none.
 
         On a GPU, sets TRITON_CACHE_DIR to a folder in the store unless it is set. UsageError for a folder without
-        graphs; InferixError for graphs of another model, preset, device or version.
+        graphs; InferixError for graphs of another model, preset, device or version. Each of several ranks has a folder
+        of its own in it, whose graphs name the groups that it communicates in.
         """
+        if graphs.shard != ALONE:
+            world = group_of(graphs.shard.every)
+            folder = folder / f"rank-{world.rank}-of-{world.size}"
         path, expected = folder / IDENTITY, identity(graphs)
         if not path.exists():
             if not create:

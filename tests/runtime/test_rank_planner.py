@@ -153,8 +153,7 @@ def test_bytes_of_branches_on_ranks_of_their_own_equal_the_formula(preset: str, 
             assert (more > sent) == (place > 0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("layout", "ranks"), [(HEADS, 2), (JOINT, 4)])
+@pytest.mark.parametrize(("layout", "ranks"), [(HEADS, 2), pytest.param(JOINT, 4, marks=pytest.mark.slow)])
 def test_bytes_of_divided_weights_equal_the_formula(layout: str, ranks: int) -> None:
     settings: dict[str, object] = {"local_attn_size": 6, "denoising_step_list": [1000, 500]}
     with pair("self-forcing", layout, ranks, shard_weights=True, **settings) as (_, engine):
@@ -285,6 +284,7 @@ def test_measured_times_reverse_the_choice_and_the_reason_names_their_file(tmp_p
         ({"device": "NVIDIA H100 PCIe sm_90"}, ("device", "H100", "cpu")),
         ({"executor": "captured"}, ("executor", "captured", "eager")),
         ({"kv_dtype": "fp8"}, ("kv_dtype", "fp8", "bfloat16")),
+        ({"settings": {"num_frame_per_block": 3, "local_attn_size": 9}}, ("local_attn_size", "9", "21")),
     ],
 )
 def test_measured_times_of_something_else_are_refused_by_name(about, words, tmp_path: Path) -> None:
@@ -323,8 +323,9 @@ def test_plan_reads_measured_times(tmp_path: Path) -> None:
     assert facts["layouts"][facts["chosen"]]["layout"] == "one" and "measured (table.json)" in facts["reason"]
     refused = CliRunner().invoke(app, [*options, "--gpu", "h100"])
     assert refused.exit_code != 0 and "h200" in refused.stderr and "table.json" in refused.stderr
-    refused = CliRunner().invoke(app, ["plan", "--preset", "self-forcing", "--measured", name])
-    assert refused.exit_code == 2 and all(word in refused.stderr for word in ("--measured", "--gpus", "table.json"))
+    for option, value in (("--measured", name), ("--link", "pcie"), ("--goal", "throughput")):
+        refused = CliRunner().invoke(app, ["plan", "--preset", "self-forcing", option, value])
+        assert refused.exit_code == 2 and all(word in refused.stderr for word in (option, "--gpus", Path(value).name))
 
 
 MODEL = ["--model", "wan-tiny"]

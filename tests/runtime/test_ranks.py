@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import SIZE
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from thread_ranks import difference, pair, socketpair
 from torch import Tensor
 
@@ -216,6 +217,37 @@ def test_graphs_with_collectives_make_the_stream_of_eager(preset: str, layout: s
 
 
 @pytest.mark.slow
+def test_ranks_store_graphs_in_folders_of_their_own_and_trace_none_again(tmp_path: Path) -> None:
+    """In processes of their own: graphs name groups, whose numbers are those of a process's worlds."""
+    script = (
+        "import sys, torch, inferix, safetensors.torch\n"
+        "settings = {'local_attn_size': 6, 'denoising_step_list': [1000], 'executor': 'fused'}\n"
+        "ranked = {'gpus': int(sys.argv[1]), 'parallel': sys.argv[2], 'graphs': sys.argv[3]}\n"
+        "engine = inferix.load('wan-ranks', 'self-forcing', device='cpu', **settings, **ranked)\n"
+        "with engine.open(prompt_embeds=torch.ones(3, 64)) as session:\n"
+        "    made = torch.cat([block.latents for block in session.stream(2, decode=False)])\n"
+        "safetensors.torch.save_file({'made': made}, sys.argv[4])\n"
+        "print(engine.executor.traces)\n"
+    )
+
+    def traced(layout: str, name: str) -> int:
+        arguments = ["2", layout, str(tmp_path / "graphs"), str(tmp_path / name)]
+        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=400)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        return int(done.stdout)
+
+    assert traced("ulysses", "first") > 0
+    stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "graphs").rglob("*.json")}
+    assert {path.parent.name for path in stored} == {"rank-0-of-2", "rank-1-of-2"}
+    assert traced("ulysses", "second") == 0
+    assert stored == {path: path.stat().st_mtime_ns for path in (tmp_path / "graphs").rglob("*.json")}
+    assert torch.equal(*(load_file(tmp_path / name)["made"] for name in ("first", "second")))
+    with pytest.raises(RuntimeError, match=r"shard"):
+        traced("pass-q", "other")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]])
 def test_the_command_starts_ranks_or_joins_those_of_torchrun(launcher: list[str], tmp_path: Path) -> None:
     ranks = [] if launcher else ["--gpus", "2"]
@@ -278,6 +310,63 @@ def test_a_rank_ends_once_rank_0_is_silent_and_the_first_reports_it(
         assert ("rank 0 has sent nothing for 2 s" in capsys.readouterr().err) == (rank == 1)
         theirs.close()
         until(lambda: codes.keys() >= {"rank-0", "beat"})
+
+
+def test_a_rank_whose_socket_is_full_delays_no_beat_to_another() -> None:
+    ends = [[Connection(end) for end in socketpair()] for _ in range(2)]
+    (full, reads), (mine, theirs) = ends
+    fill(full.stream)
+    received: list[str] = []
+
+    def receive() -> None:
+        while (message := theirs.receive()) is not None:
+            received.append(message.kind)
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    peers = Peers([Peer(1, full, 0, "test"), Peer(2, mine, 0, "test")], timeout=60)
+    until(lambda: len(received) >= 3)
+    assert set(received) == {"beat"} and peers.fault is None
+    peers.close()
+    reads.close()
+    thread.join()
+
+
+def fill(stream: socket.socket) -> None:
+    """Send until nothing more fits, and the system moves nothing on to the other end."""
+    for size in (1 << 16, 1):  # a few bytes may fit where many do not
+        refused = 0
+        while refused < 20:
+            try:
+                stream.send(bytes(size), socket.MSG_DONTWAIT)
+                refused = 0
+            except BlockingIOError:
+                refused += 1
+                time.sleep(0.01)
+
+
+def test_a_beat_that_was_sent_in_part_goes_on_before_the_next_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, theirs = (Connection(end) for end in socketpair())
+    stream = mine.stream
+
+    class Narrow:
+        """Takes a few bytes at a time."""
+
+        def send(self, data: bytes, flags: int) -> int:
+            return stream.send(data[:7], flags)
+
+        def sendall(self, data: bytes) -> None:
+            stream.sendall(data)
+
+    monkeypatch.setattr(mine, "stream", Narrow())
+    for _ in range(3):
+        mine.beat()
+    mine.send(Message("plan", {"number": 3}))
+    kinds = [message.kind for message in (theirs.receive(), theirs.receive()) if message is not None]
+    assert kinds == ["beat", "plan"]
+    monkeypatch.undo()
+    mine.close()
+    theirs.close()
 
 
 def test_rank_0_that_was_stopped_knows_it() -> None:

@@ -92,7 +92,7 @@ def test_messages_carry_values_plans_and_tensors() -> None:
     ("settings", "words"),
     [
         ({"gpus": 2, "device": "cpu:0"}, ("device", "cpu:0")),
-        ({"gpus": 2, "graphs": "stored", "executor": "fused"}, ("graphs", "stored")),
+        ({"gpus": 1, "parallel": "pass-q"}, ("parallel", "pass-q", "gpus=1")),
         ({"gpus": 2, "kv_dtype": "int8", "parallel": "pass-q"}, ("kv_dtype", "int8", "ulysses")),
         ({"gpus": 2, "rank_timeout": 0}, ("rank_timeout", "0")),
         ({"gpus": 65}, ("gpus", "65")),

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from inferix.graphs.lowered import Lowered
 from inferix.graphs.shards import Shard
-from inferix.kernels import collectives
-from inferix.kernels.collectives import RankGroup
+from inferix.kernels.collectives import RankGroup, remove_groups
 from inferix.models.family import Checkpoint
 from inferix.models.fingerprints import fingerprint
 from inferix.models.registry import family_of
@@ -57,19 +56,12 @@ class ThreadRank:
             except Exception as error:  # of any kind: the test raises it after all ranks have ended
                 self.send(Message("error", {"number": message.values["number"], "error": str(error)}))
         # as the end of a process does, this closes the connections of the collectives
-        for number in part_groups(self.worker.parts.shard):
-            collectives.GROUPS.pop(number, None)
+        remove_groups(self.worker.parts.shard.groups)
         self.group.process_group = None
 
     def send(self, message: Message) -> None:
         with contextlib.suppress(OSError):  # the test is over
             self.connection.send(message)
-
-
-def part_groups(shard: Shard) -> set[int]:
-    stage = shard.stage
-    own = {shard.group, shard.heads.group, shard.tokens.group, shard.columns.group}
-    return own | {stage.before, stage.after, stage.group, shard.every}
 
 
 class Alive(Peers):
@@ -133,7 +125,7 @@ def thread_engine(
 ) -> Iterator[Engine]:
     """An engine of the same settings and weights whose passes run on threads, one a rank; they end with the context."""
     config = dataclasses.replace(
-        engine.config, gpus=ranks, shard_weights=shard_weights, shard_decoder=shard_decoder
+        engine.config, gpus=ranks, parallel=layout, shard_weights=shard_weights, shard_decoder=shard_decoder
     )
     groups, workers = list[RankGroup](), list[LocalWorker]()
     for group, shard in groups_of(grid_of(engine, ranks, layout), shard_weights, shard_decoder):

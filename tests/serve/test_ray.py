@@ -1,4 +1,4 @@
-"""The Ray Serve application: a replica killed and another one drained, while viewers go on, and autoscaling."""
+"""The Ray Serve application: a replica killed and another one drained, while viewers go on, ranks, and autoscaling."""
 
 import asyncio
 import os
@@ -9,11 +9,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import websockets
 import yaml
 from live_client import PROMPT, WAIT, Client, small_engine
 
+from inferix.errors import UsageError
 from inferix.serve.settings import ServeSettings
 
 DOC = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8")
@@ -206,3 +208,69 @@ def test_a_session_outlives_a_killed_replica_and_a_drained_one(tmp_path):
         servers(2)
         print(f"two replicas after {time.perf_counter() - begun:.1f} s")
         asyncio.run(walk())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["STRICT_PACK", "PACK"])
+def test_two_ranks_of_one_replica_share_a_placement_group(placement, tmp_path):
+    """A session on two ranks has the pictures of one; where a rank is killed, another replica goes on with it."""
+    psutil = pytest.importorskip("psutil")
+    engine = small_engine(ServeSettings(), rewind_blocks=0)
+    alone = [block.frames for block in engine.open(PROMPT, seed=3).stream(3)]
+    values = config(tmp_path, 1)
+    values["applications"][0]["args"] |= {"bundle": {"CPU": 0.5}, "placement": placement}
+    values["applications"][0]["args"]["load"] |= {"gpus": 2}
+
+    def rank_processes():
+        lines = {one: one.info["cmdline"] for one in psutil.process_iter(["cmdline"])}
+        return [one for one, line in lines.items() if line and line[0] == "ray::Rank.serve"]
+
+    def group():
+        """The one placement group that is up."""
+        from ray.util import placement_group_table
+
+        (up,) = [one for one in placement_group_table().values() if one["state"] == "CREATED"]
+        return up
+
+    async def walk():
+        async with connect() as socket:
+            client = Client(socket)
+            opened = await client.open(media=["raw"], seed=3)
+            await client.until("state", block=3)
+            shown = {}
+            for header, payload in zip(client.media, client.payloads, strict=True):
+                shown.setdefault(header[3], []).append(payload)
+            for block, frames in enumerate(alone):
+                made = np.frombuffer(b"".join(shown[block]), np.uint8).reshape(frames.shape)
+                assert abs(made.astype(int) - frames).max() <= 1  # a rounded number may differ by one
+            (rank,) = rank_processes()
+            rank.kill()
+            moved = await client.until("notice", kind="moved")
+            again = await client.until("opened")
+            assert again["session"] == opened["session"]
+            await client.until("state", block=again["next_block"])
+            print(f"a rank killed: moved in {moved['seconds']:.2f} s, {moved['blocks']} blocks made again")
+
+    with cluster():
+        from inferix.serve.ray_app import Arguments, build
+
+        shared = {"shared": str(tmp_path), "load": {"device": "cpu", "gpus": 4}}
+        for change, words in (
+            ({"bundle": {"CPU": 1}}, "gpus is 4.*STRICT_PACK.*gpus=2"), ({"bundle": {"GPU": 1}}, "gpus is 4.*machines"),
+            ({"placement": "SPREAD"}, "placement.*SPREAD"), ({"bundle": {"CPU": 0}}, "bundle"),
+            ({"load": {"gpus": "two"}}, "gpus.*two"),
+        ):  # fmt: skip
+            with pytest.raises(UsageError, match=words):
+                build(Arguments(**shared | change))
+        deploy(values)
+        servers(1)
+        before = group()
+        assert before["strategy"] == placement
+        assert [bundle["CPU"] for bundle in before["bundles"].values()] == [0.5, 0.5]
+        asyncio.run(walk())
+        assert group()["placement_group_id"] != before["placement_group_id"]
+        assert len(rank_processes()) == 1
+    until = time.monotonic() + WAIT
+    while rank_processes():
+        assert time.monotonic() < until
+        time.sleep(0.2)
