@@ -60,6 +60,7 @@ from .protocol import (
     State,
     Stop,
 )
+from .real_time import RealTime
 from .recording import Recording, Recordings
 from .refusals import Refusal, refusal_of
 from .settings import ServeSettings
@@ -86,6 +87,7 @@ class Hub(Protocol):
     recordings: Recordings
     metrics: ServerMetrics
     checkpoints: Checkpoints
+    real_time: RealTime
 
     def add_twin(self, twin: LiveSession) -> None: ...
     def take_place(self) -> None: ...
@@ -279,6 +281,8 @@ class LiveSession:
         assert block.frames is not None
         now, fps, count = time.perf_counter(), self.hub.host.engine.fps, len(block.frames)
         slack = self.slack = self.pacer.delivered(now, requested, count / fps)
+        late = None if slack is None else slack < 0 and self.video is None  # live video is not made ahead
+        self.hub.real_time.note_block(block.record.spans["encode"][0], now, count / fps, late)
         receipts = self._receipts_of(block)
         self.times.append((now, count))
         frame, self.next_frame = self.next_frame, self.next_frame + count

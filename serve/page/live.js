@@ -558,7 +558,7 @@ $("file").addEventListener("change", async () => {
 // The camera's video goes to the server by WebRTC, and the active pane shows the world that is made from it.
 
 let camera = null; // {stream, peer}
-let asking = false; // while the browser asks for the camera
+let starting = false; // while the browser asks for the camera, and the server answers
 
 const gathered = (peer) => new Promise((done) => {
   const look = () => peer.iceGatheringState === "complete" && done();
@@ -567,9 +567,7 @@ const gathered = (peer) => new Promise((done) => {
 });
 
 async function startCamera() {
-  asking = true;
-  const wanted = { video: { frameRate: { ideal: 30 } } };
-  const stream = await navigator.mediaDevices.getUserMedia(wanted).finally(() => { asking = false; });
+  const stream = await navigator.mediaDevices.getUserMedia({ video: { frameRate: { ideal: 30 } } });
   const peer = new RTCPeerConnection(), pane = active;
   camera = { stream, peer };
   $("camera").setAttribute("aria-pressed", "true");
@@ -595,13 +593,16 @@ function stopCamera() {
 }
 
 $("camera").addEventListener("click", async () => {
-  if (asking) return;
+  if (starting) return;
   if (camera) return active.restart();
+  starting = true;
   try {
     await startCamera();
   } catch (error) {
     toast(`No video from the camera: ${error.message}`, "bad");
     if (camera) active.restart();
+  } finally {
+    starting = false;
   }
 });
 
