@@ -592,8 +592,8 @@ function stopCamera() {
   $("camera").setAttribute("aria-pressed", "false");
 }
 
-$("camera").addEventListener("click", async () => {
-  if (starting) return;
+$("camera").addEventListener("click", async (event) => {
+  if (starting || event.detail > 1) return; // the second click of a double one would undo the first
   if (camera) return active.restart();
   starting = true;
   try {
