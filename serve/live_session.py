@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import InferixError, SessionEnded, one_line
+from ..errors import InferixError, SessionEnded, message_of, one_line
 from ..runtime.engine import Engine
 from ..runtime.sessions.output_queue import Block
 from ..runtime.sessions.session import Session
@@ -223,10 +223,11 @@ class LiveSession:
                 await self._checkpoint_if_due()
             self.end("stopped", "the session was stopped")
         except SessionEnded as error:
-            self.end("stopped" if self.stopping else "ended", one_line(error))
+            stopped, ended = ("stopped", "the session was stopped"), ("ended", message_of(error))
+            self.end(*(stopped if self.stopping else ended))
         except Exception as error:  # of any kind: it ended this session in the engine, and the others go on
             LOG.warning("session %s failed: %s", self.id, one_line(error))
-            self.end("failed" if self.hub.host.alive else "lost", one_line(error))
+            self.end("failed" if self.hub.host.alive else "lost", message_of(error))
 
     async def _feed(self, video: VideoIn) -> float | None:
         """Give the next block its pictures; returns when the first of them arrived, None for a block that has them."""
@@ -537,7 +538,7 @@ class LiveSession:
                 session = await self.hub.host.make(replace)
             except InferixError as error:
                 if old.closed:
-                    self.end("failed", one_line(error))
+                    self.end("failed", message_of(error))
                 raise
             self._enter(await self.hub.host.call(partial(entered_at, session)))
             self.start, self.rollout, self.paused = start, self.rollout + 1, False
