@@ -222,6 +222,7 @@ class LiveSessions:
         """End sessions whose clients are gone or idle, for as long as the server runs."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
+            self.real_time.forget_old(time.perf_counter())
             self._admit_waiting()
             now = time.monotonic()
             for live in tuple(self.sessions.values()):

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 BLOCKS = 32  # that the measurements are of: the latest of all sessions
 MOST_LOAD = 0.85  # of real time; the rest is for jitter, sending, and sessions that begin
 MOST_LATE = 3  # of the latest blocks
+RECENT = 30.0  # seconds after which a block says nothing any more
 SPANS = 64  # pieces of work that later ones may overlap
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A block. work: seconds that it added. played: its seconds of video."""
+    """A block. end: when it was ready. work: seconds that it added. played: its seconds of video."""
 
+    end: float
     work: float
     played: float
     late: bool
@@ -54,8 +56,13 @@ class RealTime:
         """Note a block of `played` seconds of video. late: None for the first of a stream, which takes longer."""
         self.note_work(begin, end)
         if late is not None:
-            self.blocks.append(Measured(self._work, played, late))
+            self.blocks.append(Measured(end, self._work, played, late))
         self._work = 0.0
+
+    def forget_old(self, now: float) -> None:
+        """Forget blocks that are not recent: their sessions are paused or without a viewer."""
+        while self.blocks and self.blocks[0].end < now - RECENT:
+            self.blocks.popleft()
 
     @property
     def late(self) -> int:

@@ -3,11 +3,13 @@
 import asyncio
 import gc
 import json
+import math
 import platform
 import subprocess
 import sys
 import time
 import weakref
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,7 +207,7 @@ def test_places_a_queue_and_a_refusal_that_names_the_limit(served):
 def test_a_session_that_would_be_late_waits_or_is_refused_until_there_is_time(served, monkeypatch):
     live = served.server.live
     monkeypatch.setattr(live, "settings", replace(live.settings, realtime=True))
-    monkeypatch.setattr(live.real_time, "blocks", [Measured(0.5, 1.0, late=False)])
+    monkeypatch.setattr(live.real_time, "blocks", deque([Measured(math.inf, 0.5, 1.0, late=False)]))
     monkeypatch.setattr(live.real_time, "note_block", lambda *_: None)
 
     async def walk():
@@ -217,7 +219,7 @@ def test_a_session_that_would_be_late_waits_or_is_refused_until_there_is_time(se
         await second.until("queued")
         assert (await third.refused("open", prompt=PROMPT))["limit"] == {"name": "realtime", "value": True}
         assert (await first.refused("fork"))["limit"] == {"name": "realtime", "value": True}
-        live.real_time.blocks[0] = Measured(0.4, 1.0, late=False)
+        live.real_time.blocks[0] = Measured(math.inf, 0.4, 1.0, late=False)
         await second.until("opened")  # though nobody has left
         for client in (first, second):
             await client.send("stop")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from inferix.serve.real_time import BLOCKS, MOST_LATE, RealTime, obstacle
+from inferix.serve.real_time import BLOCKS, MOST_LATE, RECENT, RealTime, obstacle
 
 
 def play(real_time, numbers, work, late=False):
@@ -61,3 +61,13 @@ def test_late_blocks_are_those_of_the_latest():
     assert real_time.late == 5
     play(real_time, range(5, 3 + BLOCKS), work=0.1)
     assert real_time.late == 2
+
+
+def test_blocks_are_forgotten_after_a_while():
+    """So that sessions that make none, such as a paused one that was late, keep nobody out."""
+    real_time = RealTime(shared=True)
+    play(real_time, range(4), work=0.4, late=True)
+    real_time.forget_old(1.0 + RECENT)
+    assert real_time.late == 2 and real_time.load(1) == pytest.approx(0.8)
+    real_time.forget_old(10.0 + RECENT)
+    assert real_time.late == 0 and real_time.load(1) == 0
