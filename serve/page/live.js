@@ -525,6 +525,7 @@ $("fork").addEventListener("click", async () => {
   const twin = new Pane();
   twin.begin({ type: "attach", session, resume });
   from.element.classList.toggle("active", from === active);
+  twin.element.scrollIntoView({ block: "nearest" }); // on a phone the button is below the pictures
   toast("Forked: choose a picture to steer it.");
 });
 $("save").addEventListener("click", async () => {
