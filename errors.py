@@ -39,9 +39,14 @@ class CheckpointError(InferixError):
     """Weights or a file beside them that cannot be read."""
 
 
+def message_of(error: Exception) -> str:
+    """The message of an error, on one line."""
+    return " ".join(str(error).split())
+
+
 def one_line(error: Exception) -> str:
     """Format an error as one line for stderr."""
-    return f"error: {' '.join(str(error).split())}"
+    return f"error: {message_of(error)}"
 
 
 def exit_code(error: InferixError) -> int:

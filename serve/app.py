@@ -147,12 +147,13 @@ class Server:
     def facts(self, session: str | None) -> ReplicaFacts:
         """The numbers that a router chooses by, and whether `session` is live here."""
         gauges = self.host.engine.metrics()["gauges"]
-        watched = [live for live in self.live.sessions.values() if live.viewer is not None]
+        watched = [live for live in self.live.sessions.values() if live.viewer is not None and live.video is None]
         slacks = [live.slack for live in watched if live.slack is not None]
         room = gauges["sessions_room"]
         return ReplicaFacts(
             replica=self.checkpoints.owner, status=self.health().status, sessions=self.live.places_taken,
-            places=self.settings.sessions, room=None if math.isinf(room) else int(room), load=gauges["load"],
+            places=self.settings.sessions, room=None if math.isinf(room) else int(room), load=self.live.load,
+            late=self.live.real_time.late, realtime=self.settings.realtime,
             pages_in_use=int(gauges["pages_in_use"]), slack=min(slacks, default=None),
             holds=session is not None and session in self.live.sessions, jobs=self.jobs.unfinished,
         )  # fmt: skip

@@ -219,8 +219,10 @@ class Connection:
         assert self.encoder is not None
         state, encoder = block.state, self.encoder
         trace, stream = self.hub.trace, live.session.id  # the engine's id, as in its records
+        begin = time.perf_counter()
         self._encoding = self.pool.submit(encode, trace, stream, encoder, block)
         payloads = await asyncio.wrap_future(self._encoding)
+        self.hub.real_time.note_encoding(begin, time.perf_counter())
         frame, name = state.frame, encoder.format.name
         size = sum(len(payload.data) for payload in payloads)
         with trace.span("transport", f"send {name}", stream, block=state.block, bytes=size):

@@ -47,14 +47,6 @@ class EngineHost:
             self.failure = error
             raise
 
-    def obstacle(self) -> str | None:
-        """The reason, with numbers, why one more session would make others late; None if it would not."""
-        gauges = self.engine.metrics()["gauges"]
-        load, count = gauges["load"], sum(gauges[f"sessions_{state}"] for state in ("new", "running", "paused"))
-        if not count or load * (count + 1) / count <= 1:
-            return None
-        return f"{count:g} sessions take {load:.0%} of the engine's time by measured blocks, and one more would be late"
-
     @property
     def alive(self) -> bool:
         """True while blocks can be made."""

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import InferixError, SessionEnded, one_line
+from ..errors import InferixError, SessionEnded, message_of, one_line
 from ..runtime.engine import Engine
 from ..runtime.sessions.output_queue import Block
 from ..runtime.sessions.session import Session
@@ -60,6 +60,7 @@ from .protocol import (
     State,
     Stop,
 )
+from .real_time import RealTime
 from .recording import Recording, Recordings
 from .refusals import Refusal, refusal_of
 from .settings import ServeSettings
@@ -86,6 +87,7 @@ class Hub(Protocol):
     recordings: Recordings
     metrics: ServerMetrics
     checkpoints: Checkpoints
+    real_time: RealTime
 
     def add_twin(self, twin: LiveSession) -> None: ...
     def take_place(self) -> None: ...
@@ -221,10 +223,11 @@ class LiveSession:
                 await self._checkpoint_if_due()
             self.end("stopped", "the session was stopped")
         except SessionEnded as error:
-            self.end("stopped" if self.stopping else "ended", one_line(error))
+            stopped, ended = ("stopped", "the session was stopped"), ("ended", message_of(error))
+            self.end(*(stopped if self.stopping else ended))
         except Exception as error:  # of any kind: it ended this session in the engine, and the others go on
             LOG.warning("session %s failed: %s", self.id, one_line(error))
-            self.end("failed" if self.hub.host.alive else "lost", one_line(error))
+            self.end("failed" if self.hub.host.alive else "lost", message_of(error))
 
     async def _feed(self, video: VideoIn) -> float | None:
         """Give the next block its pictures; returns when the first of them arrived, None for a block that has them."""
@@ -279,6 +282,8 @@ class LiveSession:
         assert block.frames is not None
         now, fps, count = time.perf_counter(), self.hub.host.engine.fps, len(block.frames)
         slack = self.slack = self.pacer.delivered(now, requested, count / fps)
+        late = None if slack is None else slack < 0 and self.video is None  # live video is not made ahead
+        self.hub.real_time.note_block(block.record.spans["encode"][0], now, count / fps, late)
         receipts = self._receipts_of(block)
         self.times.append((now, count))
         frame, self.next_frame = self.next_frame, self.next_frame + count
@@ -533,7 +538,7 @@ class LiveSession:
                 session = await self.hub.host.make(replace)
             except InferixError as error:
                 if old.closed:
-                    self.end("failed", one_line(error))
+                    self.end("failed", message_of(error))
                 raise
             self._enter(await self.hub.host.call(partial(entered_at, session)))
             self.start, self.rollout, self.paused = start, self.rollout + 1, False

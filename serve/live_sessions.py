@@ -19,6 +19,7 @@ from .engine_host import EngineHost
 from .live_session import LiveSession, Start, check_prompt, check_size, entered_at, open_session
 from .metrics import ServerMetrics
 from .protocol import Attach, Open
+from .real_time import RealTime, obstacle
 from .recording import Recordings
 from .refusals import RETRY_AFTER, Refusal
 from .settings import ServeSettings
@@ -45,8 +46,10 @@ class LiveSessions:
     ) -> None:
         self.host, self.settings, self.metrics = host, settings, metrics
         self.worlds, self.recordings, self.checkpoints, self.trace = worlds, recordings, checkpoints, trace
+        self.real_time = RealTime(shared=host.engine.device.type == "cpu")
         self.sessions: dict[str, LiveSession] = {}
         self.draining = False
+        metrics.load.set_function(lambda: self.load)
         self._places = 0  # taken, by sessions or on their behalf
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._continuing = asyncio.Lock()  # one client at a time goes on from a checkpoint
@@ -145,7 +148,8 @@ class LiveSessions:
         """The reason why no session can be opened now."""
         if (full := self._full()) is not None:
             return full
-        if self.settings.realtime and (late := self.host.obstacle()) is not None:
+        late = obstacle(self._places, self.load, self.real_time.late) if self.settings.realtime else None
+        if late is not None:
             return self._no_room(late, ("realtime", True))
         return None
 
@@ -166,6 +170,11 @@ class LiveSessions:
         """Places of sessions, those that are being opened included."""
         return self._places
 
+    @property
+    def load(self) -> float:
+        """Share of real time that the sessions take."""
+        return self.real_time.load(self._places)
+
     # What sessions call
 
     def take_place(self) -> None:
@@ -176,7 +185,11 @@ class LiveSessions:
 
     def release_place(self) -> None:
         self._places -= 1
-        while self._waiting and self._places < self.settings.sessions:
+        self._admit_waiting()
+
+    def _admit_waiting(self) -> None:
+        """Give places to clients that wait, in order, as far as there is room."""
+        while self._waiting and self._obstacle() is None:
             place = self._waiting.popleft()
             if not place.done():
                 self._places += 1
@@ -209,6 +222,8 @@ class LiveSessions:
         """End sessions whose clients are gone or idle, for as long as the server runs."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
+            self.real_time.forget_old(time.perf_counter())
+            self._admit_waiting()
             now = time.monotonic()
             for live in tuple(self.sessions.values()):
                 away = 0.0 if live.detached_at is None else now - live.detached_at

@@ -45,6 +45,9 @@ class ServerMetrics:
         self.registry = CollectorRegistry()
         self.registry.register(EngineCollector(engine))
         self.live = Gauge("inferix_live_sessions", "Live sessions, detached ones included", registry=self.registry)
+        self.load = Gauge(
+            "inferix_real_time_load", "Share of real time that live sessions take", registry=self.registry
+        )
         self.connections = Gauge("inferix_connections", "Open WebSockets", registry=self.registry)
         self.refusals = Counter("inferix_refusals", "Refused requests", ["code", "limit"], registry=self.registry)
         self.skipped = Counter("inferix_blocks_skipped", "Blocks that slow viewers missed", registry=self.registry)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
-from ..errors import InferixError, one_line, quoted
+from ..errors import InferixError, message_of, quoted
 from ..runtime.media import VideoWriter
 from ..runtime.sinks import DecodedBlock, Frames, Pump, Sink
 from .encoders import BT709, LIMITED, video_frame
@@ -164,7 +164,7 @@ class Recordings:
             return f"/v1/recordings/{id}/{path.name}", path.stat().st_size
         except OSError as error:
             shutil.rmtree(path.parent, ignore_errors=True)
-            raise InferixError(f"the picture could not be written: {one_line(error)}; free some space") from error
+            raise InferixError(f"the picture could not be written: {message_of(error)}; free some space") from error
         finally:
             self.making.discard(id)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import AtCapacity, InferixError, SessionEnded, UsageError, cut, one_line
+from ..errors import AtCapacity, InferixError, SessionEnded, UsageError, cut, message_of
 
 RETRY_AFTER = 5  # seconds, where nothing better is known
 LONGEST_MESSAGE = 2000
@@ -65,5 +65,5 @@ def refusal_of(error: InferixError) -> Refusal:
     if isinstance(error, Refusal):
         return error
     kind = next(kind for cause, kind in KINDS if isinstance(error, cause))
-    message = one_line(error).removeprefix("error: ")
+    message = message_of(error)
     return Refusal(kind.code, message, kind.status, retry_after=kind.retry_after)

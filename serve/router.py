@@ -26,7 +26,7 @@ from starlette.websockets import WebSocketDisconnect
 from websockets.asyncio.client import ClientConnection
 from websockets.typing import Subprotocol
 
-from ..errors import one_line, quoted
+from ..errors import message_of, one_line, quoted
 from ..version import __version__
 from .access import Access
 from .answers import add_error_answers, errors
@@ -362,7 +362,7 @@ class Relay:
             except (Refusal, ServerLost) as error:
                 gone = isinstance(error, Refusal) and error.code == "not_found"
                 if gone or time.perf_counter() > until:
-                    await self._event(Ended(code="lost", message=f"no server could go on with it: {one_line(error)}"))
+                    await self._event(Ended(code="lost", message=f"no server could go on with it: {message_of(error)}"))
                     raise Closed(1000, "the session is over") from None
                 await asyncio.sleep(RETRY_SECONDS)
         seconds, lost = time.perf_counter() - since, self.memory.lost_blocks(opened["next_block"])

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from . import real_time
 from .protocol import Act, Camera, Control, ControlId, Pause, Prompt, Resume, Stop
 from .refusals import RETRY_AFTER, Refusal
 
@@ -23,9 +24,10 @@ class ReplicaFacts(BaseModel):
     """One server in numbers.
 
     replica: a name that it has until it ends. sessions and places: taken and in all. room: further sessions that fit by
-    pages and memory, None where that is not limited. load: share of real time that its sessions take by measured block
-    times. slack: seconds that the latest block was early, of the session that is worst off. holds: it has the session
-    that was asked for. jobs: video jobs that wait or run.
+    pages and memory, None where that is not limited. load: share of real time that its sessions take by measured
+    blocks. late: of the latest blocks. realtime: it refuses a session that would make others late. slack: seconds that
+    the latest block was early, of the session that is worst off. holds: it has the session that was asked for. jobs:
+    video jobs that wait or run.
     """
 
     replica: str
@@ -34,6 +36,8 @@ class ReplicaFacts(BaseModel):
     places: int
     room: int | None = None
     load: float = 0.0
+    late: int = 0
+    realtime: bool = True
     pages_in_use: int = 0
     slack: float | None = None
     holds: bool = False
@@ -60,8 +64,8 @@ class ReplicaFacts(BaseModel):
             return f"has {self.sessions} of {self.places} sessions"
         if self.room == 0:
             return "has no pages or memory for one more"
-        if not moved and self.load_with_another > 1:
-            return f"would need {self.load_with_another:.0%} of its time by measured blocks"
+        if not moved and self.realtime and (late := real_time.obstacle(self.sessions, self.load, self.late)):
+            return f"has no time: {late}"
         return None
 
 

@@ -70,7 +70,7 @@ MEANINGS = {
     "folder": "holds jobs and saved worlds; without one they end with the server",
     "behind": "a viewer slower than the stream skips to the newest blocks, or pauses its session",
     "save_on_exit": "live sessions are saved as worlds when the server is stopped by SIGTERM",
-    "realtime": "refuse a session that would make others late, by measured block times",
+    "realtime": "refuse a session that would make others late, by measured blocks",
     "checkpoint_every": "blocks between two checkpoints, from which a session goes on once its server is gone; 0: none",
     "sessions": "live sessions, those of disconnected clients included",
     "queue": "clients that wait for a session",

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ..errors import AtCapacity, InferixError, SessionEnded, UsageError, one_line, quoted
+from ..errors import AtCapacity, InferixError, SessionEnded, UsageError, message_of, quoted
 from ..runtime.media import VideoWriter, contact_sheet
 from ..runtime.sessions.output_queue import Block
 from ..runtime.sessions.session import Session
@@ -97,7 +97,7 @@ class VideoJobs:
             job.status, job.error_code, job.error_message = FAILED, refusal.code, str(refusal)
         except Exception as error:  # of any kind: the job fails, and the server goes on
             LOG.exception("job %s failed", job.id)
-            job.status, job.error_code, job.error_message = FAILED, "failed", one_line(error)
+            job.status, job.error_code, job.error_message = FAILED, "failed", message_of(error)
         finally:
             self._running.pop(job.id, None)
             self._changed.set()

@@ -17,7 +17,7 @@ from fractions import Fraction
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import InferixError, one_line, quoted
+from ..errors import InferixError, message_of, quoted
 from ..runtime.sinks import Frames
 from .control_reader import Closed, ControlReader
 from .live_session import LiveSession
@@ -135,7 +135,7 @@ class Peer:
             results = await asyncio.gather(*tasks, return_exceptions=True)
             self.live.detach(self)
             if self.track is not None:
-                reasons = [one_line(result) for result in results if isinstance(result, Refusal)]
+                reasons = [message_of(result) for result in results if isinstance(result, Refusal)]
                 self.live.end("stopped", reasons[0] if reasons else "its video has ended")
             await self.connection.close()
 

@@ -525,6 +525,7 @@ $("fork").addEventListener("click", async () => {
   const twin = new Pane();
   twin.begin({ type: "attach", session, resume });
   from.element.classList.toggle("active", from === active);
+  twin.element.scrollIntoView({ block: "nearest" }); // on a phone the button is below the pictures
   toast("Forked: choose a picture to steer it.");
 });
 $("save").addEventListener("click", async () => {
@@ -558,7 +559,7 @@ $("file").addEventListener("change", async () => {
 // The camera's video goes to the server by WebRTC, and the active pane shows the world that is made from it.
 
 let camera = null; // {stream, peer}
-let asking = false; // while the browser asks for the camera
+let starting = false; // while the browser asks for the camera, and the server answers
 
 const gathered = (peer) => new Promise((done) => {
   const look = () => peer.iceGatheringState === "complete" && done();
@@ -567,9 +568,7 @@ const gathered = (peer) => new Promise((done) => {
 });
 
 async function startCamera() {
-  asking = true;
-  const wanted = { video: { frameRate: { ideal: 30 } } };
-  const stream = await navigator.mediaDevices.getUserMedia(wanted).finally(() => { asking = false; });
+  const stream = await navigator.mediaDevices.getUserMedia({ video: { frameRate: { ideal: 30 } } });
   const peer = new RTCPeerConnection(), pane = active;
   camera = { stream, peer };
   $("camera").setAttribute("aria-pressed", "true");
@@ -594,14 +593,17 @@ function stopCamera() {
   $("camera").setAttribute("aria-pressed", "false");
 }
 
-$("camera").addEventListener("click", async () => {
-  if (asking) return;
+$("camera").addEventListener("click", async (event) => {
+  if (starting || event.detail > 1) return; // the second click of a double one would undo the first
   if (camera) return active.restart();
+  starting = true;
   try {
     await startCamera();
   } catch (error) {
     toast(`No video from the camera: ${error.message}`, "bad");
     if (camera) active.restart();
+  } finally {
+    starting = false;
   }
 });
 

@@ -3,11 +3,14 @@
 import asyncio
 import gc
 import json
+import math
 import platform
 import subprocess
 import sys
 import time
 import weakref
+from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +28,7 @@ from inferix.serve.connection import Closed, Connection
 from inferix.serve.heap import limit_arenas
 from inferix.serve.outbox import Outbox
 from inferix.serve.protocol import MEDIA
+from inferix.serve.real_time import Measured
 from inferix.serve.settings import ServeSettings
 from inferix.serve.worlds import Worlds
 
@@ -72,7 +76,8 @@ def test_a_walk_with_receipts(served):
             assert frames == list(range(len(frames)))
             assert all(len(payload) == 64 * 64 * 3 for payload in client.payloads)
             await client.applied("stop")
-            assert (await client.until("ended"))["code"] == "stopped"
+            ended = await client.until("ended")
+            assert ended["code"] == "stopped" and not ended["message"].startswith("error")
         await all_gone(served)
 
     run(walk())
@@ -190,6 +195,33 @@ def test_places_a_queue_and_a_refusal_that_names_the_limit(served):
         await clients[3].until("opened")
         await clients[3].until("applied", id=early)
         for client in clients[1:4]:
+            await client.send("stop")
+            await client.until("ended")
+        for socket in sockets:
+            await socket.close()
+        await all_gone(served)
+
+    run(walk())
+
+
+def test_a_session_that_would_be_late_waits_or_is_refused_until_there_is_time(served, monkeypatch):
+    live = served.server.live
+    monkeypatch.setattr(live, "settings", replace(live.settings, realtime=True))
+    monkeypatch.setattr(live.real_time, "blocks", deque([Measured(math.inf, 0.5, 1.0, late=False)]))
+    monkeypatch.setattr(live.real_time, "note_block", lambda *_: None)
+
+    async def walk():
+        sockets = [await served.connect() for _ in range(3)]
+        first, second, third = (Client(socket) for socket in sockets)
+        await first.open()
+        assert httpx.get(f"{served.url}/v1/replica").json()["load"] == 0.5
+        await second.send("open", prompt=PROMPT)
+        await second.until("queued")
+        assert (await third.refused("open", prompt=PROMPT))["limit"] == {"name": "realtime", "value": True}
+        assert (await first.refused("fork"))["limit"] == {"name": "realtime", "value": True}
+        live.real_time.blocks[0] = Measured(math.inf, 0.4, 1.0, late=False)
+        await second.until("opened")  # though nobody has left
+        for client in (first, second):
             await client.send("stop")
             await client.until("ended")
         for socket in sockets:

@@ -38,6 +38,8 @@ def test_the_least_loaded_server_with_room_is_chosen():
     servers["b"] = servers["b"].with_another().with_another()
     assert servers["b"].load == pytest.approx(0.6) and choose(servers) == "a"
     assert choose({"a": facts(load=0.6), "b": facts(load=0.9, room=0)}, moved=True) == "a"
+    late = {"a": facts(late=4), "b": facts(load=0.6, realtime=False)}
+    assert choose(late) == "b" and choose({"a": late["a"]}, moved=True) == "a"
     with pytest.raises(Refusal, match=r"120%.*4 of 4 sessions.*no pages") as refused:
         choose({"a": facts(load=0.6), "b": facts(sessions=4), "c": facts(room=0)})
     assert (refused.value.code, refused.value.status, refused.value.limit) == ("at_capacity", 503, ("replicas", 3))
