@@ -20,9 +20,9 @@ from ..schemes.sampler_spec import SamplerSpec
 from ..user_files import check_reachable, read_json
 
 FORMAT = "inferix-engine"
-FIRST, VERSION = 1, 2  # versions of the file; 2 has keys and values in int8, or several blocks in flight
-VERSIONS = (FIRST, VERSION)  # that are read
-FILE = "plan.json"
+FIRST, JOINT, GROUPED = 1, 2, 3  # versions of the file
+VERSIONS = (FIRST, JOINT, GROUPED)  # that are read
+FILE, PARAMETERS = "plan.json", "parameters.npz"
 SCHEMA = Path(__file__).parent / "plan.schema.json"
 
 
@@ -52,6 +52,11 @@ class Plan:
         return str(self.values.get("kv_dtype", "float32"))
 
     @property
+    def grouped(self) -> bool:
+        """True where programs take what each frame of a pass sees, and its text."""
+        return any(value["name"] == "text_of" for value in self.values["programs"]["step"]["inputs"])
+
+    @property
     def encoder(self) -> dict[str, Any] | None:
         """The plan's part on the encoder; None if the engine has none."""
         return self.values.get("encoder")
@@ -77,7 +82,7 @@ def read_plan(folder: str | Path) -> Plan:
         raise CheckpointError(f"{FILE} in {where} is not the plan of an engine; export it again")
     if values.get("version") not in VERSIONS:
         raise CheckpointError(
-            f"engine {where} has version {quoted(values.get('version'))}; expected {FIRST} or {VERSION}: export it "
+            f"engine {where} has version {quoted(values.get('version'))}; expected one of {list(VERSIONS)}: export it "
             "again with this version of inferix, or read it with the one that wrote it"
         )
     required = json.loads(SCHEMA.read_text("utf-8"))["required"]
@@ -88,9 +93,18 @@ def read_plan(folder: str | Path) -> Plan:
     return plan
 
 
-def version_of(preset: Preset, kv_dtype: str) -> int:
+def version_of(preset: Preset, kv_dtype: str, grouped: bool) -> int:
     """Version of the plan of an engine: the lowest whose readers can all play it."""
-    return FIRST if kv_dtype == "float32" and preset.window_blocks == 1 else VERSION
+    if grouped:
+        return GROUPED
+    return FIRST if kv_dtype == "float32" and preset.window_blocks == 1 else JOINT
+
+
+def takes_groups(preset: Preset) -> bool:
+    """True where groups of frames in a pass see other frames, or follow other texts, than the rest of it."""
+    policy = preset.context
+    several = preset.window_blocks > 1 and (policy.prompt_switch == "join" or preset.sampler.guidance is not None)
+    return several or policy.commit_in_next or not policy.has_one_context
 
 
 def check_files(plan: Plan) -> None:
