@@ -28,10 +28,11 @@ from ..runtime.sampler import Sampler, scheduled_blocks
 from ..schemes.defaults import DEFAULT_ACTIONS, DEFAULT_BLOCKS, DEFAULT_PROMPT
 from ..schemes.page_needs import window
 from ..schemes.presets import FIELDS, Preset
+from ..schemes.sampler_spec import STANDARD_SOLVERS
 from ..version import __version__
 from .checkpoint import new_folder
 from .decoder_programs import DecoderPrograms, EncoderPrograms, decoder_programs, encoder_programs
-from .plan import FILE, FORMAT, PARAMETERS, describe_files, preset_values, takes_groups, version_of
+from .plan import FILE, FORMAT, PARAMETERS, describe_files, preset_values, solver_rules, takes_groups, version_of
 from .programs import (
     FRAMES,
     PAST,
@@ -226,7 +227,7 @@ def describe_engine(
         "sampler": describe_sampler(sampler) | {
             "first": describe_sampler(sampler.first), "context_timestep": preset.sampler.context_noise,
             "guidance_scale": preset.sampler.guidance_scale,
-        },
+        } | ({} if preset.sampler.solver in STANDARD_SOLVERS else {"rules": solver_rules(preset.sampler)}),
         "rope": {
             "moving": preset.context.moving_positions, "pairs": list(rope.pairs),
             "frequencies": rope.time.tolist(),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..errors import CheckpointError, UsageError, quoted
 from ..schemes.context import ContextPolicy
 from ..schemes.guidance import Guidance, GuidanceBranch
 from ..schemes.presets import About, Preset
-from ..schemes.sampler_spec import SamplerSpec
+from ..schemes.sampler_spec import SOLVERS, SamplerSpec, SolverRules
 from ..user_files import check_reachable, read_json
 
 FORMAT = "inferix-engine"
@@ -24,6 +24,17 @@ FIRST, JOINT, GROUPED = 1, 2, 3  # versions of the file
 VERSIONS = (FIRST, JOINT, GROUPED)  # that are read
 FILE, PARAMETERS = "plan.json", "parameters.npz"
 SCHEMA = Path(__file__).parent / "plan.schema.json"
+
+
+@dataclass(frozen=True)
+class PlannedSampler(SamplerSpec):
+    """A sampler whose solver the reader may not know. own_rules: what the plan says of it."""
+
+    own_rules: SolverRules = field(kw_only=True)
+
+    @property
+    def rules(self) -> SolverRules:
+        return self.own_rules
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ class Plan:
 
     @cached_property
     def preset(self) -> Preset:
-        return preset_of(self.values["preset"])
+        return preset_of(self.values["preset"], self.values["sampler"].get("rules"))
 
     @property
     def fingerprint(self) -> str:
@@ -142,13 +153,35 @@ def preset_values(preset: Preset) -> dict[str, Any]:
     return asdict(preset)
 
 
-def preset_of(values: dict[str, Any]) -> Preset:
-    """The preset with these values, as `preset_values` gives them. CheckpointError for fields of another version."""
+def solver_rules(sampler: SamplerSpec) -> dict[str, Any]:
+    """Rules of a solver as plain values, with the condition of each step, if any."""
+    conditions = [sampler.condition(step) for step in range(sampler.steps)]
+    facts = {key: getattr(sampler.rules, key) for key in ("step_list", "to_clean", "partial")}
+    return facts | ({} if None in conditions else {"conditions": conditions})
+
+
+def planned_sampler(values: dict[str, Any], rules: dict[str, Any] | None) -> SamplerSpec:
+    """A sampler from its values and the rules of its solver; None for those that every reader knows."""
+    if rules is None or values["solver"] in SOLVERS:
+        spec: SamplerSpec = restored(SamplerSpec, values)
+        return spec
+    known = {key: value for key, value in rules.items() if key != "conditions"}
+    if conditions := rules.get("conditions"):
+        known["condition"] = lambda steps, step: float(conditions[step])
+    planned: SamplerSpec = restored(PlannedSampler, values | {"own_rules": SolverRules(**known)})
+    return planned
+
+
+def preset_of(values: dict[str, Any], rules: dict[str, Any] | None = None) -> Preset:
+    """The preset with these values, as `preset_values` gives them. CheckpointError for fields of another version.
+
+    rules: of its solver, as `solver_rules` gives them.
+    """
     try:
         sampler = values["sampler"] | {"guidance": guidance_of(values["sampler"]["guidance"])}
         parts = {
             "about": restored(About, values["about"]),
-            "sampler": restored(SamplerSpec, sampler),
+            "sampler": planned_sampler(sampler, rules),
             "context": restored(ContextPolicy, values["context"]),
         }
         preset: Preset = restored(Preset, values | parts)
@@ -169,7 +202,7 @@ def guidance_of(values: dict[str, Any] | None) -> Guidance | None:
 
 def restored(cls: Any, values: dict[str, Any]) -> Any:
     """A dataclass from plain values, in which its tuples are lists. TypeError or KeyError if a field is missing."""
-    known = {field.name for field in fields(cls)}
+    known = {each.name for each in fields(cls)}
     if unknown := sorted(values.keys() - known):
         raise TypeError(f"unknown field {unknown[0]}")
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})

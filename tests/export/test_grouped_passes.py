@@ -238,6 +238,25 @@ def test_what_such_an_engine_refuses(tmp_path: Path) -> None:
         ExportedEngine(folder, load=lambda path: lambda values: {}).open(TEXTS[0], negative_prompt=TEXTS[1])
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_reader_needs_no_family_for_the_rules_of_its_solver(preset: str, tmp_path: Path) -> None:
+    """A process without torch knows no solver of a family, and takes from the plan what the engine knows of it."""
+    model = magi(preset)
+    folder = write(model, tmp_path / "engine", prompts=rows_of(model))
+    script = """
+import json, sys
+from inferix.export.plan import read_plan
+sampler = read_plan(sys.argv[1]).preset.sampler
+print(json.dumps([sampler.steps, sampler.takes_strength, [sampler.condition(step) for step in range(sampler.steps)]]))
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    own = model.preset.sampler
+    assert json.loads(done.stdout) == [8, own.takes_strength, [own.condition(step) for step in range(8)]]
+    assert read_plan(folder).preset == model.preset
+
+
 def test_keys_of_half_splits_are_rotated_in_time() -> None:
     generator = torch.Generator().manual_seed(4)
     keys, frequencies = torch.randn(3, 2, 24, generator=generator), torch.rand(3, generator=generator).double()
@@ -314,7 +333,7 @@ assert not {"torch", "yaml", "typer", "safetensors"} & set(sys.modules)
 """
     out, latents = tmp_path / "out.y4m", tmp_path / "latents.npy"
     command = [sys.executable, "-c", script, str(folder), "--seconds", "1.5", "--out", str(out), "--json"]
-    command += ["--latents", str(latents), "--prompt-at", "1", TEXTS[1], "--threads", "1"]
+    command += ["--latents", str(latents), "--prompt-at", "0.5", TEXTS[1], "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
