@@ -41,7 +41,7 @@ from ..user_files import read_json
 from ..version import __version__
 from .engine_folder import rows_of, write_engine, writes_words
 from .inside import KEPT, load_exported, needs_other_programs
-from .plan import VERSION, file_hash, preset_values, read_plan
+from .plan import VERSIONS, file_hash, preset_values, read_plan
 from .targets import TARGETS, check_target, find_target, needed_features
 
 VARIABLE, OFF = "INFERIX_ENGINE_CACHE", "off"
@@ -194,7 +194,7 @@ def engine_key(model: str | Path | None, preset: str | None, size: tuple[int, in
         "files": {path.relative_to(place).as_posix(): file_hash(path) for path in files},
         "preset": preset_values(make_preset(preset or default_preset(name))),
         "size": size or read_checkpoint(place).spec.default_size,
-        "versions": [VERSION, __version__, torch.__version__, import_module(TARGETS[TARGET].runtime).__version__],
+        "versions": [max(VERSIONS), __version__, torch.__version__, import_module(TARGETS[TARGET].runtime).__version__],
         "code": code_hash(),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

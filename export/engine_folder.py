@@ -28,18 +28,17 @@ from ..runtime.sampler import Sampler, scheduled_blocks
 from ..schemes.defaults import DEFAULT_ACTIONS, DEFAULT_BLOCKS, DEFAULT_PROMPT
 from ..schemes.page_needs import window
 from ..schemes.presets import FIELDS, Preset
+from ..schemes.sampler_spec import STANDARD_SOLVERS
 from ..version import __version__
 from .checkpoint import new_folder
-from .plan import FILE, FORMAT, describe_files, preset_values, version_of
+from .decoder_programs import DecoderPrograms, EncoderPrograms, decoder_programs, encoder_programs
+from .plan import FILE, FORMAT, PARAMETERS, describe_files, preset_values, solver_rules, takes_groups, version_of
 from .programs import (
     FRAMES,
     PAST,
-    DecoderPrograms,
-    EncoderPrograms,
+    TEXTS,
     Program,
     check_model,
-    decoder_programs,
-    encoder_programs,
     pass_programs,
     solver_matrix,
     with_memory,
@@ -127,6 +126,9 @@ def write_engine(
             }  # fmt: skip
         if kv_dtype != "float32":
             plan["kv_dtype"] = kv_dtype
+        if kept := host_parameters(engine):
+            np.savez(folder / PARAMETERS, **kept)
+            plan["parameters"] = PARAMETERS
         plan["files"] = describe_files(folder)
         (folder / FILE).write_text(json.dumps(plan, indent=1) + "\n", "utf-8")
     return Path(out)
@@ -141,8 +143,13 @@ def describe_programs(
     most, block = window(preset), preset.num_frame_per_block
     frames = block if preset.block_size(0) == block and preset.window_blocks == 1 else None
     sampler = Sampler(preset.sampler)
-    limits = {FRAMES: (1, preset.window_blocks * block, most), PAST: (0, most - block, most)}
-    programs = pass_programs(engine.parts.transformer, size, sampler, frames, unroll, limits, kv_dtype)
+    limits = {FRAMES: (1, preset.window_blocks * block, most), PAST: (0, most - block, most),
+              TEXTS: (1, 1, preset.window_blocks + 1)}  # fmt: skip
+    grouped, tile = takes_groups(preset), engine.parts.vae.spec.tile_frames
+    if block % tile or preset.block_size(0) % tile:
+        sizes = f"num_frame_per_block is {block} and independent_first_frame {preset.independent_first_frame}"
+        raise UsageError(f"{sizes}, but the decoder takes {tile} latent frames at once; expected whole blocks of them")
+    programs = pass_programs(engine.parts.transformer, size, sampler, frames, unroll, limits, kv_dtype, grouped)
     latent = spec.latent_size(size)
     plain, memory = engine.parts.transformers[0], engine.parts.transformers[-1]
     if memory is not plain:
@@ -156,6 +163,11 @@ def describe_encoder(engine: Engine, size: tuple[int, int]) -> EncoderPrograms:
     vae = engine.parts.vae
     if not vae.spec.encodes:
         raise UsageError("prefixes is True, but the tiny decoder of vae has no encoder; leave one of them out")
+    if vae.spec.tile_frames > 1:
+        raise UsageError(
+            f"prefixes is True, but the encoder takes pictures of {vae.spec.tile_frames} latent frames at once, which "
+            "no program does; leave it out"
+        )
     return encoder_programs(vae, size, engine.spec.first_pictures, engine.spec.vae_stride[0])
 
 
@@ -164,9 +176,21 @@ def writes_words(engine: Engine) -> bool:
     return engine.parts.text is not None and isinstance(engine.parts.text(), TableEncoder)
 
 
+def host_parameters(engine: Engine) -> dict[str, Any]:
+    """Parameters that are read outside of passes, by name."""
+    model = engine.parts.transformer
+    return {name: model.get_parameter(name).detach().float().numpy() for name in model.host_parameters}
+
+
 def write_text(engine: Engine, folder: Path, prompts: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write the rows of prompts, or the table of a word encoder; returns the plan's part on them."""
-    facts = {"length": engine.spec.text_len, "dim": engine.spec.text_dim}
+    model, spec = engine.parts.transformer, engine.spec
+    facts: dict[str, Any] = {"length": spec.text_len, "dim": spec.text_dim}
+    if model.null_text() is not None:
+        empty = torch.zeros(spec.text_len, spec.text_dim)
+        rows = torch.stack([model.text_inputs(empty, dropped) for dropped in (False, True)])
+        np.save(folder / "null.npy", rows.float().numpy())
+        facts["null"] = "null.npy"
     if prompts:
         np.save(folder / "prompts.npy", torch.stack(list(prompts.values())).float().numpy())
         return facts | {"encoder": "prompts", "prompts": list(prompts), "rows": "prompts.npy"}
@@ -185,10 +209,11 @@ def describe_engine(
     """The plan, but for the hashes of the files."""
     spec, preset = engine.spec, engine.preset
     height, width = spec.latent_size(size)
-    sampler = Sampler(preset.sampler)
-    rope = engine.parts.transformer.rope
+    sampler, rope, step = Sampler(preset.sampler), engine.parts.transformer.rope, programs[1]
+    assert step.name == "step"
+    grouped = "text_of" in step.names
     return {
-        "format": FORMAT, "version": version_of(preset, kv_dtype), "target": target.name,
+        "format": FORMAT, "version": version_of(preset, kv_dtype, grouped), "target": target.name,
         "model": {
             "name": spec.name, "source": engine.parts.source, "weights": engine.parts.form, "layers": spec.num_layers,
             "heads": spec.kv_heads, "channels": spec.head_dim, "actions": list(spec.actions), "fps": spec.fps,
@@ -202,18 +227,18 @@ def describe_engine(
         "sampler": describe_sampler(sampler) | {
             "first": describe_sampler(sampler.first), "context_timestep": preset.sampler.context_noise,
             "guidance_scale": preset.sampler.guidance_scale,
-        },
+        } | ({} if preset.sampler.solver in STANDARD_SOLVERS else {"rules": solver_rules(preset.sampler)}),
         "rope": {
             "moving": preset.context.moving_positions, "pairs": list(rope.pairs),
             "frequencies": rope.time.tolist(),
-        },
+        } | ({"half_split": True} if rope.half_split else {}),
         "noise": describe_noise(),
         "text": text,
         "decoder": {
             "encodes": engine.parts.vae.spec.encodes, "first": decoder.first, "first_state": list(decoder.first_state),
             "first_pictures": decoder.first_pictures, "pictures": decoder.pictures,
             "state": [list(shape) for shape in decoder.shapes],
-        },
+        } | ({"frames": decoder.frames} if decoder.frames > 1 else {}),
         "programs": {program.name: describe_program(program, target) for program in [*programs, *decoder.programs]},
         "defaults": {
             "prompt": text["prompts"][0] if "prompts" in text else DEFAULT_PROMPT, "seed": 0, "blocks": DEFAULT_BLOCKS,
@@ -259,20 +284,19 @@ def describe_program(program: Program, target: Target) -> dict[str, Any]:
         for tensor in value if isinstance(value, list) else [value]:
             axes = program.dynamic[key]
             shape = [axes.get(axis, length) for axis, length in enumerate(tensor.shape)]
-            kind = {"dtype": "int8"} if tensor.dtype == torch.int8 else {}
+            kind = {} if tensor.dtype == torch.float32 else {"dtype": str(tensor.dtype).removeprefix("torch.")}
             inputs.append({"name": next(names), "shape": shape} | kind)
     return {"file": f"{program.name}{target.suffix}", "inputs": inputs, "outputs": list(program.results)}
 
 
 def check_windows(preset: Preset) -> list[dict[str, Any]]:
-    """Frames and positions that the first blocks of a stream see under one prompt."""
-    windows = []
-    for block in islice(scheduled_blocks(preset), CHECKED_BLOCKS):
-        (group,) = block.passes[-1].run.groups
-        windows.append({
-            "frames": list(group.frames), "context": list(group.context), "positions": list(group.positions)
-        })  # fmt: skip
-    return windows
+    """Frames and positions that the groups of the first blocks' last passes see, in a stream under one prompt."""
+    blocks = islice(scheduled_blocks(preset), CHECKED_BLOCKS)
+    groups = [group for block in blocks for group in block.passes[-1].run.groups]
+    return [
+        {"frames": list(group.frames), "context": list(group.context), "positions": list(group.positions)}
+        for group in groups
+    ]
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -19,7 +19,7 @@ from ..errors import UsageError, quoted
 from ..graphs.paged_attention import PagedAttention
 from ..graphs.staged_attention import StagedAttention
 from ..models.decoder import Decoder, DecoderSpec, StreamState
-from ..models.registry import family_of
+from ..models.registry import family_named
 from ..models.rope import Rope
 from ..models.spec import ModelSpec
 from ..models.transformer import KeyValues
@@ -35,7 +35,8 @@ from ..schemes.page_needs import window
 from ..schemes.presets import FIELDS, Preset, with_settings
 from .backends import LoadProgram, Program, program_loader
 from .kv_precision import dequantised, quantised
-from .plan import Plan, read_plan, restored
+from .network import joined
+from .plan import Plan, read_plan, restored, takes_groups
 from .targets import TARGETS, check_target
 from .word_table import PromptTable
 
@@ -63,7 +64,7 @@ def load_exported(
     preset = with_settings(plan.preset, **{key: value for key, value in settings.items() if key in FIELDS})
     check_target(TARGETS[plan["target"]], preset, plan["dtype"], False, kv_dtype=plan.kv_dtype)
     if (field := needs_other_programs(plan, preset)) is not None:
-        asked, made = (quoted(TRACED_WITH[field](each)) for each in (preset, plan.preset))
+        asked, made = (quoted((TRACED_WITH | GROUPED_WITH)[field](each)) for each in (preset, plan.preset))
         raise UsageError(f"{field} is {asked}, but the programs of the engine {quoted(folder)} were made for {made}; "
                          "leave it out, or export another engine")  # fmt: skip
     kept = {key: value for key, value in settings.items() if key in KEPT}
@@ -83,12 +84,24 @@ TRACED_WITH: dict[str, Callable[[Preset], Any]] = {  # what the programs of an e
     "window_blocks": lambda preset: preset.window_blocks,
     "clean_weights": lambda preset: preset.context.clean_weights,
     "decoder_zero_start": lambda preset: preset.context.decoder_zero_start,
+    "solver": lambda preset: preset.sampler.condition(0) is not None,
     "local_attn_size": window,  # the longest
+}
+
+
+GROUPED_WITH: dict[str, Callable[[Preset], Any]] = {  # what else, where frames of a pass all see the same
+    "prompt_switch": lambda preset: preset.context.prompt_switch,
+    "commit_in_next": lambda preset: preset.context.commit_in_next,
+    "clean_text": lambda preset: preset.context.clean_text,
+    "noise2clean_kvrange": lambda preset: preset.context.noise2clean_kvrange,
+    "clean_chunk_kvrange": lambda preset: preset.context.clean_chunk_kvrange,
 }
 
 
 def needs_other_programs(plan: Plan, preset: Preset) -> str | None:
     """A field of a preset for which an engine has no programs; None where it can run the preset."""
+    if takes_groups(preset) and not plan.grouped:
+        return next(key for key, value in GROUPED_WITH.items() if value(preset) != value(plan.preset))
     for key, value in TRACED_WITH.items():
         asked, made = value(preset), value(plan.preset)
         if asked > made if key == "local_attn_size" else asked != made:
@@ -99,10 +112,15 @@ def needs_other_programs(plan: Plan, preset: Preset) -> str | None:
 def exported_components(plan: Plan, preset: Preset, programs: Mapping[str, Program]) -> Components:
     """The parts of an engine: the transformer has no weights, which are in the programs."""
     size = (plan["size"]["picture"][0], plan["size"]["picture"][1])
-    spec: ModelSpec = replace(restored(ModelSpec, plan["spec"]), default_size=size)
-    family = family_of(spec)
+    family = family_named(plan["spec"]["family"], plan["spec"]["name"])
+    kind = type(next(iter(family.models.values())))
+    spec: ModelSpec = replace(restored(kind, plan["spec"]), default_size=size)
     with torch.device("meta"):
         transformer = family.build(spec).eval().requires_grad_(False)
+    if (file := plan.values.get("parameters")) is not None:
+        with np.load(plan.folder / file) as kept:
+            state = {name: torch.from_numpy(kept[name]) for name in kept.files}
+        transformer.load_state_dict(state, strict=False, assign=True)
     sizes = family.chosen_decoder_spec(spec, not plan["decoder"]["encodes"])
     table = PromptTable(plan["text"], plan.folder)
     return Components(
@@ -123,7 +141,7 @@ def make_exported(config: EngineConfig, preset: Preset, parts: Components) -> Ex
     if not isinstance(parts.vae, ExportedDecoder):
         message = f"executor is {quoted(config.executor)}, but {quoted(parts.source)} is not exported; give engine"
         raise UsageError(message)
-    return ExportedExecutor(parts.vae.programs, parts.transformer.rope, preset)
+    return ExportedExecutor(parts.vae.programs, parts.transformer.rope, preset, parts.vae.grouped)
 
 
 class ExportedText:
@@ -144,7 +162,7 @@ class ExportedDecoder(Decoder):
     def __init__(self, spec: DecoderSpec, plan: Plan, programs: Mapping[str, Program], zero_start: bool) -> None:
         super().__init__()
         self.spec, self.programs, self.zero_start = spec, programs, zero_start
-        self.decoder, self.encoder = plan["decoder"], plan.encoder
+        self.decoder, self.encoder, self.grouped = plan["decoder"], plan.encoder, plan.grouped
 
     def encode(self, pixels: Tensor, state: StreamState) -> Tensor:
         """Encode pixels [T, 3, H, W] in [-1, 1] to normalised latents [F, z, h, w]; advances `state`.
@@ -166,17 +184,17 @@ class ExportedDecoder(Decoder):
     def decode(self, latents: Tensor, state: StreamState) -> Tensor:
         """Decode normalised latents [F, z, h, w] to pixels [T, 3, H, W] in [-1, 1]; advances `state`."""
         pixels = []
-        for frame in latents.split(1):
+        for part in latents.split(self.spec.tile_frames):
             begins = state.frames == 0
             name = self.decoder["first"] if begins else "decode_next"
-            pictures = self.advance(name, {"latents": frame}, self.decoder, state)["pixels"]
+            pictures = self.advance(name, {"latents": part}, self.decoder, state)["pixels"]
             pixels.append(pictures[-self.decoder["first_pictures"] :] if begins else pictures)
         return torch.cat(pixels)
 
     def advance(
         self, name: str, values: Mapping[str, Tensor], facts: Mapping[str, Any], state: StreamState
     ) -> dict[str, Tensor]:
-        """Run a program over one latent frame and a state, and store the next state; returns the other results."""
+        """Run a program over the next frames and a state, and store the next state; returns the other results."""
         slots = {
             f"state_{slot}": state.history[slot].numpy() if slot in state.history else np.zeros(shape, np.float32)
             for slot, shape in enumerate(facts["state"])
@@ -190,12 +208,16 @@ class ExportedDecoder(Decoder):
 
 
 class ExportedExecutor:
-    """Runs passes by programs over pages of float32 or int8; see `Executor`. Groups of a pass see the same frames."""
+    """Runs passes by programs over pages of float32 or int8; see `Executor`.
+
+    grouped: programs take what each frame of a pass sees, and its text; otherwise all see the same.
+    """
 
     supports_whole_block = False
 
-    def __init__(self, programs: Mapping[str, Program], rope: Rope, preset: Preset) -> None:
+    def __init__(self, programs: Mapping[str, Program], rope: Rope, preset: Preset, grouped: bool) -> None:
         self.programs, self.rope, self.context_timestep = programs, rope, preset.sampler.context_noise
+        self.grouped = grouped
         sampler = Sampler(preset.sampler)
         self.denoises_at_context = self.context_timestep in (*sampler.timesteps, *sampler.first.timesteps)
 
@@ -207,7 +229,7 @@ class ExportedExecutor:
         return text
 
     def mix(self, texts: Mapping[int, Text], groups: tuple[tuple[int, int], ...]) -> Text:
-        raise AssertionError("passes of an exported engine follow one text")
+        return joined([values_of(texts[text]) for text, frames in groups for _ in range(frames)])
 
     def embed_frames(self, channels: Tensor) -> Frames:
         raise AssertionError("models whose frames are given channels are not exported")
@@ -224,16 +246,23 @@ class ExportedExecutor:
         actions: Tensor | None,
         given: Frames | None = None,
     ) -> Tensor:
-        """Run `step`, or for a pass over clean latents `commit`, whose keys and values go to its pages.
+        """Run `step`, or for a pass with clean latents `commit`, whose keys and values go to pages of these frames.
 
-        A commit has no use for a velocity, and may have more frames than `step` takes: its velocity is 0.
+        A commit of a pass whose frames all see the same has no use for a velocity, and may have more frames than `step`
+        takes: its velocity is 0.
         """
         values, own, stores, scales = self.inputs(latents, timesteps, text, attention, actions)
-        if bool((timesteps == self.context_timestep).all()):
-            for name, value in self.programs["commit"](values).items():
+        levels = timesteps[0].reshape(len(own), -1)[:, 0]  # conditions of the step stand behind them
+        clean = (levels == self.context_timestep).nonzero()[:, 0].tolist()
+        if clean and (self.grouped or len(clean) == len(own)):
+            made = self.programs["commit"](values)
+            velocity = made.pop("velocity", None)
+            for name, value in made.items():
                 *kind, part, layer = name.split("_")
                 store = stores[int(layer)] if kind == ["new"] else scales[int(layer)]
-                store[int(part == "v"), own] = torch.from_numpy(value)
+                store[int(part == "v"), [own[row] for row in clean]] = torch.from_numpy(value[clean])
+            if velocity is not None:
+                return torch.from_numpy(velocity)
             if not self.denoises_at_context:
                 return torch.zeros_like(latents)
         return torch.from_numpy(self.programs["step"](values)["velocity"])
@@ -246,18 +275,28 @@ class ExportedExecutor:
         part, parts = attention.parts[0], attention.parts
         rope = torch.cat([each.rope_time.flatten(0, 1) for each in parts]).float()
         own = [page for each in parts for page in each.pages.flatten().tolist()]
-        lists = [row[:count] for each in parts for row, count in zip(each.page_table, each.page_count, strict=True)]
-        listed = lists[0].tolist()
-        assert len(latents) == 1 and all(sorted(row.tolist()) == sorted(listed) for row in lists), parts
+        rows = [
+            (each.frames, row[:count].tolist())
+            for each in parts
+            for row, count in zip(each.page_table, each.page_count, strict=True)
+        ]
+        listed = list(dict.fromkeys(page for _, row in rows for page in row))
+        assert len(latents) == 1 and (self.grouped or all(len(row) == len(listed) for _, row in rows)), parts
         seen = [page for page in listed if page not in own]
+        values = dict(values_of(text))
+        if self.grouped:
+            values |= {
+                name: np.array([[page in row for page in pages] for frames, row in rows for _ in range(frames)], bool)
+                for name, pages in (("sees_past", seen), ("sees_own", own))
+            }
+            values.setdefault("text_of", np.zeros(len(own), np.int64))
         if isinstance(attention, StagedAttention):  # what it lists are slots
             assert attention.seen is not None
             at = dict(zip(*(places.tolist() for places in reversed(attention.seen)), strict=True))
             at |= dict(zip(*(places.tolist() for places in attention.written), strict=True))
             own, seen = [at[slot] for slot in own], [at[slot] for slot in seen]
         scales = attention.scales or ()
-        assert isinstance(text, dict)
-        values = text | {
+        values |= {
             "latents": latents.numpy(), "timesteps": timesteps.numpy(), "rope_cos": rope[..., 0].numpy(),
             "rope_sin": rope[..., 1].numpy(),
         }  # fmt: skip
@@ -304,6 +343,12 @@ class ExportedExecutor:
 
     def fallbacks(self) -> list[str]:
         return []
+
+
+def values_of(text: Text) -> dict[str, Any]:
+    """Inputs of a program by name, as `ExportedExecutor.condition` and `mix` make them."""
+    assert isinstance(text, dict)
+    return text
 
 
 def between(first: Tensor, second: Tensor) -> Tensor:

@@ -13,10 +13,19 @@ Array = NDArray[Any]
 MASK = (1 << 32) - 1
 
 
-def rotated(keys: Array, angles: Array) -> Array:
-    """Rotate the first pairs of channels (2j, 2j + 1) of keys [..., channels] by these angles."""
+def rotated(keys: Array, angles: Array, half: int | None = None) -> Array:
+    """Rotate the first pairs of channels (2j, 2j + 1) of keys [..., channels] by these angles.
+
+    half: pairs are channels (j, j + half) instead.
+    """
+    cos, sin = np.cos(angles), np.sin(angles)
+    if half is not None:
+        turned, own = keys.copy(), len(angles)
+        one, other = keys[..., :own].astype(np.float64), keys[..., half : half + own].astype(np.float64)
+        turned[..., :own], turned[..., half : half + own] = one * cos - other * sin, one * sin + other * cos
+        return turned
     pairs = keys[..., : 2 * len(angles)].astype(np.float64)
-    even, odd, cos, sin = pairs[..., 0::2], pairs[..., 1::2], np.cos(angles), np.sin(angles)
+    even, odd = pairs[..., 0::2], pairs[..., 1::2]
     turned = np.stack((even * cos - odd * sin, even * sin + odd * cos), -1).reshape(pairs.shape)
     return np.concatenate((turned.astype(keys.dtype), keys[..., 2 * len(angles) :]), -1)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,25 @@ from ..errors import CheckpointError, UsageError, quoted
 from ..schemes.context import ContextPolicy
 from ..schemes.guidance import Guidance, GuidanceBranch
 from ..schemes.presets import About, Preset
-from ..schemes.sampler_spec import SamplerSpec
+from ..schemes.sampler_spec import SOLVERS, SamplerSpec, SolverRules
 from ..user_files import check_reachable, read_json
 
 FORMAT = "inferix-engine"
-FIRST, VERSION = 1, 2  # versions of the file; 2 has keys and values in int8, or several blocks in flight
-VERSIONS = (FIRST, VERSION)  # that are read
-FILE = "plan.json"
+FIRST, JOINT, GROUPED = 1, 2, 3  # versions of the file
+VERSIONS = (FIRST, JOINT, GROUPED)  # that are read
+FILE, PARAMETERS = "plan.json", "parameters.npz"
 SCHEMA = Path(__file__).parent / "plan.schema.json"
+
+
+@dataclass(frozen=True)
+class PlannedSampler(SamplerSpec):
+    """A sampler whose solver the reader may not know. own_rules: what the plan says of it."""
+
+    own_rules: SolverRules = field(kw_only=True)
+
+    @property
+    def rules(self) -> SolverRules:
+        return self.own_rules
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ class Plan:
 
     @cached_property
     def preset(self) -> Preset:
-        return preset_of(self.values["preset"])
+        return preset_of(self.values["preset"], self.values["sampler"].get("rules"))
 
     @property
     def fingerprint(self) -> str:
@@ -50,6 +61,11 @@ class Plan:
     def kv_dtype(self) -> str:
         """Dtype of the past: float32, or int8 with scales beside it."""
         return str(self.values.get("kv_dtype", "float32"))
+
+    @property
+    def grouped(self) -> bool:
+        """True where programs take what each frame of a pass sees, and its text."""
+        return any(value["name"] == "text_of" for value in self.values["programs"]["step"]["inputs"])
 
     @property
     def encoder(self) -> dict[str, Any] | None:
@@ -77,7 +93,7 @@ def read_plan(folder: str | Path) -> Plan:
         raise CheckpointError(f"{FILE} in {where} is not the plan of an engine; export it again")
     if values.get("version") not in VERSIONS:
         raise CheckpointError(
-            f"engine {where} has version {quoted(values.get('version'))}; expected {FIRST} or {VERSION}: export it "
+            f"engine {where} has version {quoted(values.get('version'))}; expected one of {list(VERSIONS)}: export it "
             "again with this version of inferix, or read it with the one that wrote it"
         )
     required = json.loads(SCHEMA.read_text("utf-8"))["required"]
@@ -88,9 +104,18 @@ def read_plan(folder: str | Path) -> Plan:
     return plan
 
 
-def version_of(preset: Preset, kv_dtype: str) -> int:
+def version_of(preset: Preset, kv_dtype: str, grouped: bool) -> int:
     """Version of the plan of an engine: the lowest whose readers can all play it."""
-    return FIRST if kv_dtype == "float32" and preset.window_blocks == 1 else VERSION
+    if grouped:
+        return GROUPED
+    return FIRST if kv_dtype == "float32" and preset.window_blocks == 1 else JOINT
+
+
+def takes_groups(preset: Preset) -> bool:
+    """True where groups of frames in a pass see other frames, or follow other texts, than the rest of it."""
+    policy = preset.context
+    several = preset.window_blocks > 1 and (policy.prompt_switch == "join" or preset.sampler.guidance is not None)
+    return several or policy.commit_in_next or not policy.has_one_context
 
 
 def check_files(plan: Plan) -> None:
@@ -128,13 +153,35 @@ def preset_values(preset: Preset) -> dict[str, Any]:
     return asdict(preset)
 
 
-def preset_of(values: dict[str, Any]) -> Preset:
-    """The preset with these values, as `preset_values` gives them. CheckpointError for fields of another version."""
+def solver_rules(sampler: SamplerSpec) -> dict[str, Any]:
+    """Rules of a solver as plain values, with the condition of each step, if any."""
+    conditions = [sampler.condition(step) for step in range(sampler.steps)]
+    facts = {key: getattr(sampler.rules, key) for key in ("step_list", "to_clean", "partial")}
+    return facts | ({} if None in conditions else {"conditions": conditions})
+
+
+def planned_sampler(values: dict[str, Any], rules: dict[str, Any] | None) -> SamplerSpec:
+    """A sampler from its values and the rules of its solver; None for those that every reader knows."""
+    if rules is None or values["solver"] in SOLVERS:
+        spec: SamplerSpec = restored(SamplerSpec, values)
+        return spec
+    known = {key: value for key, value in rules.items() if key != "conditions"}
+    if conditions := rules.get("conditions"):
+        known["condition"] = lambda steps, step: float(conditions[step])
+    planned: SamplerSpec = restored(PlannedSampler, values | {"own_rules": SolverRules(**known)})
+    return planned
+
+
+def preset_of(values: dict[str, Any], rules: dict[str, Any] | None = None) -> Preset:
+    """The preset with these values, as `preset_values` gives them. CheckpointError for fields of another version.
+
+    rules: of its solver, as `solver_rules` gives them.
+    """
     try:
         sampler = values["sampler"] | {"guidance": guidance_of(values["sampler"]["guidance"])}
         parts = {
             "about": restored(About, values["about"]),
-            "sampler": restored(SamplerSpec, sampler),
+            "sampler": planned_sampler(sampler, rules),
             "context": restored(ContextPolicy, values["context"]),
         }
         preset: Preset = restored(Preset, values | parts)
@@ -155,7 +202,7 @@ def guidance_of(values: dict[str, Any] | None) -> Guidance | None:
 
 def restored(cls: Any, values: dict[str, Any]) -> Any:
     """A dataclass from plain values, in which its tuples are lists. TypeError or KeyError if a field is missing."""
-    known = {field.name for field in fields(cls)}
+    known = {each.name for each in fields(cls)}
     if unknown := sorted(values.keys() - known):
         raise TypeError(f"unknown field {unknown[0]}")
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})

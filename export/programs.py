@@ -5,6 +5,9 @@
 all steps of a block, to clean latents. `decode_first`, `decode_next`: one latent frame to pictures, with the decoder's
 state as inputs and outputs. `encode_first`, `encode_next`: pictures of one latent frame to latents, likewise.
 
+Where groups of a pass see other frames or follow other texts, `step` and `commit` take what each frame sees and its
+text, and `commit` is a step that returns the keys and values of its frames beside the velocity.
+
 The past is one tensor of keys and one of values per layer, [past, tokens of a frame, heads, channels], with the frames
 of the pass behind it; so no program scatters. Keys are stored rotated at their own position. Where positions move with
 the window, only the sink's distance to it changes, and who runs the programs rotates the sink's keys by the difference.
@@ -16,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +27,12 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..kernels.attention import attention
 from ..kernels.rope import Angles, rotate
-from ..models.decoder import Decoder, StreamState
+from ..kernels.spec import FP8
 from ..models.transformer import TextContext, Transformer
 from ..runtime.sampler import Sampler
 from .kv_precision import dequantised, quantised
 
-FRAMES, PAST = "frames", "past"  # dimensions that differ from pass to pass
+FRAMES, PAST, TEXTS = "frames", "past", "texts"  # dimensions that differ from pass to pass
 TRACED_PAST, TRACED_FRAMES = 3, 2  # sizes to trace with: neither 0 nor 1, which a tracer takes for constants
 
 
@@ -54,11 +57,15 @@ class WindowAttention:
     """Attention (`KeyValues`) over a past in plain tensors and the frames of the pass behind it; collects the latter.
 
     past: rotated keys, and values, of each layer in turn. scales: of each of them, where they are int8; then those of
-    the pass are attended to as they will be stored. own: angles of the pass's tokens.
+    the pass are attended to as they will be stored. own: angles of the pass's tokens. mask: which tokens each sees of
+    the past and of the pass [T, K]; None for all.
     """
 
-    def __init__(self, past: Sequence[Tensor], scales: Sequence[Tensor], own: Angles, half_split: bool) -> None:
-        self.past, self.scales, self.own, self.half_split = past, scales, own, half_split
+    def __init__(
+        self, past: Sequence[Tensor], scales: Sequence[Tensor], own: Angles, half_split: bool,
+        mask: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.past, self.scales, self.own, self.half_split, self.mask = past, scales, own, half_split, mask
         self.new: list[Tensor] = []
         self.new_scales: list[Tensor] = []
 
@@ -78,7 +85,32 @@ class WindowAttention:
         keys, values = (
             torch.cat(parts).flatten(0, 1)[None] for parts in ((past_k, new_k), (past_v, new_v))
         )
-        return attention(q, keys, values)
+        return attention(q, keys, values, self.mask)
+
+
+@dataclass(frozen=True)
+class TextsByFrame:
+    """Cross-attention (`TextKeyValues`) of a pass in which each frame follows one of several texts.
+
+    text: keys and values [texts, rows, k, c] of each layer in turn. mask [texts, rows], vector [texts, d]: as of
+    `TextContext`, of models that have them. of: number of each frame's text [F]. tokens: of a frame.
+    """
+
+    text: Sequence[Tensor]
+    mask: Tensor | None
+    vector: Tensor | None
+    of: Tensor
+    tokens: int
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        keys, values = (part[self.of] for part in self.text[2 * layer : 2 * layer + 2])
+        mask = None if self.mask is None else self.mask[self.of][:, None, None].expand(-1, 1, self.tokens, -1)
+        queries = q[0].unflatten(0, (-1, self.tokens))
+        return attention(queries, keys, values, mask).flatten(0, 1)[None]
+
+    def pooled(self, frames: int) -> Tensor:
+        assert self.vector is not None
+        return self.vector[self.of][None]
 
 
 class NetworkPass(nn.Module):
@@ -141,6 +173,34 @@ class Commit(NetworkPass):
         return tuple(self.run(latents, timesteps, rope, text, past, actions, scales)[1])
 
 
+class GroupedStep(NetworkPass):
+    """One pass whose frames see other frames each, and follow several texts: returns the velocity [1, F, C, H, W].
+
+    text: [texts, rows, k, c] of each layer in turn. text_of: number of each frame's [F]. sees_past [F, past], sees_own
+    [F, F]: frames that each frame sees.
+    """
+
+    commits: ClassVar[bool] = False
+
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, rope: list[Tensor], text: list[Tensor], past: list[Tensor],
+        text_of: Tensor, sees_past: Tensor, sees_own: Tensor, text_mask: Tensor | None = None,
+        text_vector: Tensor | None = None, actions: Tensor | None = None, scales: Sequence[Tensor] = (),
+    ) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
+        sees = torch.cat((sees_past, sees_own), 1)[:, None, :, None]
+        mask = sees.expand(-1, self.tokens, -1, self.tokens).flatten(2).flatten(0, 1)
+        window = WindowAttention(past, scales, self.angles(rope), self.model.rope.half_split, mask)
+        context = TextsByFrame(text, text_mask, text_vector, text_of, self.tokens)
+        velocity: Tensor = self.model.forward(latents, timesteps, context, window, actions)
+        return (velocity, *window.new, *window.new_scales) if self.commits else velocity
+
+
+class GroupedCommit(GroupedStep):
+    """The same pass; returns keys and values [F, tokens, heads, channels] of each layer in turn, too."""
+
+    commits: ClassVar[bool] = True
+
+
 class Steps(NetworkPass):
     """All steps of a block: noise [draws, F, C, H, W] to clean latents [1, F, C, H, W]."""
 
@@ -166,7 +226,7 @@ class Steps(NetworkPass):
 
 
 class Prompt(nn.Module):
-    """Rows of the text encoder [1, text_len, text_dim] to cross keys and values of each layer in turn, by model."""
+    """Rows of a text [1, text_rows, text_dim] to what `text_parts` lists, by model."""
 
     def __init__(self, *models: Transformer) -> None:
         super().__init__()
@@ -174,74 +234,24 @@ class Prompt(nn.Module):
         self.parts = nn.ModuleList(models)
 
     def forward(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return tuple(part for model in self.models for layer in model.embed_text(rows).text for part in layer)
+        return tuple(part for model in self.models for part in text_parts(model.embed_text(rows)).values())
 
 
-class DecodeFrame(nn.Module):
-    """One latent frame [1, z, h, w] to pictures [T, 3, H, W] in [-1, 1], then the state of each slot.
-
-    first: the frame begins a stream and there is no state.
-    """
-
-    def __init__(self, vae: Decoder, slots: Sequence[int], first: bool) -> None:
-        super().__init__()
-        self.vae, self.slots, self.first = vae, tuple(slots), first
-
-    def forward(self, latents: Tensor, state: list[Tensor]) -> tuple[Tensor, ...]:
-        stream = StreamState(dict(zip(self.slots, state, strict=False)), 0 if self.first else 1)
-        pixels = self.vae.decode(latents, stream)
-        return pixels, *(stream.history[slot] for slot in self.slots if slot in stream.history)
-
-
-class EncodeFrame(nn.Module):
-    """Pictures [T, 3, H, W] in [-1, 1] of one latent frame to its latents [1, z, h, w], then the state of each slot.
-
-    first: the frame begins a stream and there is no state.
-    """
-
-    def __init__(self, vae: Decoder, slots: Sequence[int], first: bool) -> None:
-        super().__init__()
-        self.vae, self.slots, self.first = vae, tuple(slots), first
-
-    def forward(self, pixels: Tensor, state: list[Tensor]) -> tuple[Tensor, ...]:
-        stream = StreamState(dict(zip(self.slots, state, strict=False)), 0 if self.first else 1)
-        latents = self.vae.encode(pixels, stream)
-        return latents, *(stream.history[slot] for slot in self.slots if slot in stream.history)
-
-
-@dataclass(frozen=True)
-class EncoderPrograms:
-    """Programs of an encoder, the shape of each slot of its state, zero at first, and slots that the first returns."""
-
-    programs: tuple[Program, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    first_state: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class DecoderPrograms:
-    """Programs of a decoder, the shape of each slot of its state, zero at first, and how a stream begins.
-
-    first: the program of a stream's first frame. first_state: slots that it returns; it takes none if it is
-    `decode_first`. first_pictures: how many of its last pictures are kept. pictures: of each later frame.
-    """
-
-    programs: tuple[Program, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    first: str
-    first_state: tuple[int, ...]
-    first_pictures: int
-    pictures: int
+def text_parts(context: TextContext) -> dict[str, Tensor]:
+    """Keys and values of each layer, by name, and the mask [B, rows] and the vector of models that have them."""
+    flat = [part for layer in context.text for part in layer]
+    parts = dict(zip(by_layer("text", len(context.text)), flat, strict=True))
+    if context.mask is not None:
+        parts["text_mask"] = context.mask[:, 0, 0]
+    if context.vector is not None:
+        parts["text_vector"] = context.vector
+    return parts
 
 
 def check_model(model: Transformer) -> None:
-    """UsageError for a model with fewer heads of keys than of queries, or with a rotary embedding of half-splits."""
-    spec = model.spec
-    if spec.kv_heads != spec.num_heads or model.rope.half_split:
-        raise UsageError(
-            f"model {spec.name} has {spec.kv_heads} heads of keys for {spec.num_heads} of queries, and half_split "
-            f"{model.rope.half_split}; expected as many, and False, for an export"
-        )
+    """UsageError for a model with layers in FP8."""
+    if any(parameter.dtype == FP8 for parameter in model.parameters()):
+        raise UsageError(f"model {model.spec.name} has layers in FP8, which no program has; export one without them")
 
 
 def solver_matrix(sampler: Sampler) -> list[list[float]]:
@@ -262,36 +272,51 @@ def solver_matrix(sampler: Sampler) -> list[list[float]]:
 
 def pass_programs(
     model: Transformer, size: tuple[int, int], sampler: Sampler, frames: int | None, unroll: bool,
-    limits: Mapping[str, tuple[int, int, int]], kv_dtype: str = "float32",
+    limits: Mapping[str, tuple[int, int, int]], kv_dtype: str = "float32", grouped: bool = False,
 ) -> list[Program]:  # fmt: skip
     """Programs of the transformer. frames: of each denoising pass; None where passes have different numbers.
 
-    limits: least, usual and largest number of frames of a pass and of its past. kv_dtype: of the past, `float32` or
-    `int8`.
+    limits: least, usual and largest number of frames of a pass, of its past and of texts. kv_dtype: of the past,
+    `float32` or `int8`. grouped: groups of a pass see other frames, or follow other texts.
+    UsageError for unrolled steps of a model that cannot have them.
     """
     spec = model.spec
+    rows = torch.zeros(1, spec.text_rows, spec.text_dim)
+    parts = text_parts(model.embed_text(rows))
+    own_text = {name: part for name, part in parts.items() if name in ("text_mask", "text_vector")}
+    grouped, conditioned = grouped or bool(own_text), sampler.spec.condition(0) is not None
+    if unroll and (grouped or conditioned):
+        raise UsageError(f"unroll is True, but the steps of model {spec.name} take more than their noise; leave it out")
     height, width = spec.latent_size(size)
-    heads, channels, layers = spec.num_heads, spec.head_dim, spec.num_layers
+    channels, layers = spec.head_dim, spec.num_layers
     pairs, tokens = len(model.rope.time), spec.tokens_per_frame(size)
     names = {
         "rope": ("rope_cos", "rope_sin"), "text": by_layer("text", layers), "past": by_layer("past", layers),
         "scales": by_layer("past_scale", layers),
     }  # fmt: skip
     kept = by_layer("new", layers) + (by_layer("new_scale", layers) if kv_dtype == "int8" else ())
+    step, commit = (GroupedStep(model, size), GroupedCommit(model, size)) if grouped else (
+        Step(model, size), Commit(model, size))  # fmt: skip
 
     def describe(name: str, module: nn.Module, block: int | None, results: tuple[str, ...]) -> Program:
         count = TRACED_FRAMES if block is None else block
         own: dict[int, dict[int, str]] = {axis: {} if block is not None else {axis: FRAMES} for axis in (0, 1)}
+        texts = TRACED_FRAMES if grouped else 1
         latents = torch.zeros(1, count, spec.in_channels, height, width)
-        inputs: dict[str, Any] = {"latents": latents, "timesteps": torch.zeros(1, count)}
+        timesteps = torch.zeros(1, count, 2) if conditioned else torch.zeros(1, count)
+        inputs: dict[str, Any] = {"latents": latents, "timesteps": timesteps}
         if isinstance(module, Steps):
             draws = len(module.matrix[0]) - 1
             inputs = {"noise": latents.repeat(draws, 1, 1, 1, 1)}
         inputs |= {
             "rope": zeros(2, count, pairs),
-            "text": zeros(2 * layers, 1, spec.text_len, heads, channels),
+            "text": [torch.zeros(texts, *parts[name].shape[1:]) for name in names["text"]],
             "past": zeros(2 * layers, TRACED_PAST, tokens, spec.kv_heads, channels),
         }
+        if grouped:
+            past, own_frames = (torch.ones(count, seen, dtype=torch.bool) for seen in (TRACED_PAST, count))
+            inputs |= {"text_of": torch.zeros(count, dtype=torch.int64), "sees_past": past, "sees_own": own_frames}
+            inputs |= {name: part.expand(texts, -1).clone() for name, part in own_text.items()}
         if spec.action_dim is not None:
             inputs["actions"] = torch.zeros(1, count, spec.action_dim)
         if kv_dtype == "int8":
@@ -299,14 +324,16 @@ def pass_programs(
             inputs["scales"] = zeros(2 * layers, TRACED_PAST, spec.kv_heads)
         dynamic = {key: own[1] for key in ("latents", "timesteps", "noise", "actions")} | {"rope": own[0], "text": {}}
         dynamic |= {"past": {0: PAST}, "scales": {0: PAST}}
+        if grouped:
+            dynamic |= {key: {0: TEXTS} for key in ("text", *own_text)}
+            dynamic |= {"text_of": own[0], "sees_past": {0: FRAMES, 1: PAST}, "sees_own": {0: FRAMES, 1: FRAMES}}
         flat = tuple(part for key in inputs for part in names.get(key, (key,)))
         return Program(name, module, inputs, {key: dynamic[key] for key in inputs}, flat, results, limits)
 
     programs = [
-        Program("prompt", Prompt(model), {"rows": torch.zeros(1, spec.text_len, spec.text_dim)}, {"rows": {}},
-                ("rows",), names["text"]),
-        describe("step", Step(model, size), frames, ("velocity",)),
-        describe("commit", Commit(model, size), None, kept),
+        Program("prompt", Prompt(model), {"rows": rows}, {"rows": {}}, ("rows",), tuple(parts)),
+        describe("step", step, None if grouped else frames, ("velocity",)),
+        describe("commit", commit, None, ("velocity", *kept) if grouped else kept),
     ]  # fmt: skip
     if unroll:
         programs.append(describe("steps", Steps(model, size, sampler), frames, ("clean",)))
@@ -320,14 +347,14 @@ def with_memory(
 
     Each program takes the inputs that it names, so a runner needs no change.
     """
-    made = []
+    made, texts = [], next(program.results for program in programs if program.name == "prompt")
     for program in programs:
         if program.name == "prompt":
-            results = (*program.results, *(f"memory_{name}" for name in program.results))
+            results = (*texts, *(f"memory_{name}" for name in texts))
             program = replace(program, module=Prompt(plain, memory), results=results)
-        elif program.name == "commit":
-            names = tuple(f"memory_{name}" if name.startswith("text_") else name for name in program.names)
-            program = replace(program, module=Commit(memory, size), names=names)
+        elif isinstance(program.module, Commit | GroupedCommit):
+            names = tuple(f"memory_{name}" if name in texts else name for name in program.names)
+            program = replace(program, module=type(program.module)(memory, size), names=names)
         made.append(program)
     return made
 
@@ -340,65 +367,3 @@ def zeros(count: int, *shape: int) -> list[Tensor]:
 def by_layer(name: str, layers: int) -> tuple[str, ...]:
     """Names of keys and values of each layer in turn: `past_k_0`, `past_v_0`, `past_k_1`, ..."""
     return tuple(f"{name}_{part}_{layer}" for layer in range(layers) for part in "kv")
-
-
-def decoder_programs(vae: Decoder, channels: int, height: int, width: int, zero_start: bool) -> DecoderPrograms:
-    """Programs of a decoder over latents [1, channels, height, width], its slots read off a stream of two frames.
-
-    One program serves every frame where the first differs only in how many of its pictures are kept.
-    """
-    blank = torch.zeros(1, channels, height, width)
-    state = vae.new_state()
-    kept = len(vae.decode(blank, state))
-    at_first = sorted(state.history)
-    pictures = len(vae.decode(blank, state))
-    slots = sorted(state.history)
-    shapes = tuple(tuple(state.history[slot].shape) for slot in slots)
-    indices = tuple(slots.index(slot) for slot in at_first)
-
-    def describe(name: str, first: bool, given: list[Tensor], results: Sequence[int]) -> Program:
-        names = ("latents", *(f"state_{index}" for index in range(len(given))))
-        returned = ("pixels", *(f"next_{index}" for index in results))
-        inputs = {"latents": blank, "state": given}
-        return Program(name, DecodeFrame(vae, slots, first), inputs, {key: {} for key in inputs}, names, returned)
-
-    following = describe("decode_next", False, [torch.zeros(shape) for shape in shapes], range(len(slots)))
-    if zero_start or begins_as_it_goes_on(vae, blank.shape, shapes, slots):
-        every = tuple(range(len(slots)))
-        return DecoderPrograms((following,), shapes, "decode_next", every, kept, pictures)
-    first = describe("decode_first", True, [], indices)
-    return DecoderPrograms((first, following), shapes, "decode_first", indices, kept, pictures)
-
-
-def encoder_programs(vae: Decoder, size: tuple[int, int], first: int, later: int) -> EncoderPrograms:
-    """Programs of an encoder, its slots read off a stream of two frames. first, later: pictures of a latent frame."""
-    width, height = size
-    blanks = [torch.zeros(count, 3, height, width) for count in (first, later)]
-    state, seen = vae.new_state(), list[list[int]]()
-    for blank in blanks:
-        vae.encode(blank, state)
-        seen.append(sorted(state.history))
-    at_first, slots = seen
-    shapes = tuple(tuple(state.history[slot].shape) for slot in slots)
-    indices = tuple(slots.index(slot) for slot in at_first)
-
-    def describe(name: str, blank: Tensor, given: list[Tensor], results: Sequence[int]) -> Program:
-        names = ("pixels", *(f"state_{index}" for index in range(len(given))))
-        returned = ("latents", *(f"next_{index}" for index in results))
-        inputs = {"pixels": blank, "state": given}
-        return Program(name, EncodeFrame(vae, slots, not given), inputs, {key: {} for key in inputs}, names, returned)
-
-    following = describe("encode_next", blanks[1], [torch.zeros(shape) for shape in shapes], range(len(slots)))
-    return EncoderPrograms((describe("encode_first", blanks[0], [], indices), following), shapes, indices)
-
-
-def begins_as_it_goes_on(
-    vae: Decoder, shape: Sequence[int], shapes: Sequence[tuple[int, ...]], slots: Sequence[int]
-) -> bool:
-    """True if a stream's first pictures are the last that any later frame gives over a state of zeros."""
-    latents = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-    first = StreamState()
-    later = StreamState({slot: torch.zeros(size) for slot, size in zip(slots, shapes, strict=True)}, 1)
-    begun, gone_on = vae.decode(latents, first), vae.decode(latents, later)
-    same = all(torch.equal(first.history[slot], later.history[slot]) for slot in first.history)
-    return same and first.history.keys() == later.history.keys() and torch.equal(begun, gone_on[-len(begun) :])

@@ -21,18 +21,17 @@ from typing import Any
 import numpy as np
 
 from ..errors import InferixError, UsageError, exit_code, one_line, quoted
-from ..graphs.passes import Pass
 from ..runtime.files import check_paths, write_atomically
 from ..runtime.media import CONTAINERS, VideoWriter
 from ..runtime.media_input import read_image, read_video
 from ..runtime.y4m import STDOUT, Y4mWriter
 from ..schemes.actions import ActionTrack, check_action, read_actions
-from ..schemes.block_schedule import ScheduledPass, commit_pass, denoise_passes, recache_pass
-from ..schemes.page_needs import window
+from ..schemes.block_schedule import commit_pass, denoise_passes, recache_pass
+from ..schemes.page_needs import needs_negative, window
 from ..schemes.storyboard import Cue, schedule
 from ..schemes.timeline import Span, Timeline
-from .backends import LoadProgram, Values, program_loader
-from .branch import Branch
+from .backends import LoadProgram, program_loader
+from .network import Network, Texts
 from .numerics import Array, normals
 from .plan import FILE, read_plan
 from .word_table import PromptTable
@@ -65,12 +64,13 @@ class ExportedEngine:
         """
         if not 0 <= seed < 1 << 64:
             raise UsageError(f"seed is {seed}; expected a whole number in 0..2**64-1")
-        guided = self.plan["sampler"]["guidance_scale"] != 1
-        if guided != (negative_prompt is not None):
-            expected = "one, for a preset with guidance" if guided else "none, for a preset without guidance"
+        needed, given, null = needs_negative(self.plan.preset), negative_prompt is not None, self.prompts.null
+        if given > needed or (needed and not given and null is None):
+            expected = "one, for a preset with guidance" if needed else "none, for a preset without guidance"
             raise UsageError(f"negative_prompt is {quoted(negative_prompt)}; expected {expected}")
-        texts = [prompt] if negative_prompt is None else [prompt, negative_prompt]
-        stream = Stream(self, [self.prompts.encode(text) for text in texts], seed, actions)
+        rows = self.prompts.encode(prompt)
+        negative = np.zeros_like(rows) if negative_prompt is None else self.prompts.encode(negative_prompt)
+        stream = Stream(self, rows, negative, seed, actions)
         if prefix is not None:
             stream.begin_with(prefix)
         return stream
@@ -78,12 +78,16 @@ class ExportedEngine:
 
 @dataclass
 class BlockInFlight:
-    """A block being denoised. seen: draws of noise, then velocities, which a row of the solver's matrix weighs."""
+    """A block being denoised. seen: draws of noise, then velocities, which a row of the solver's matrix weighs.
+
+    texts: those that it follows; None for those in force.
+    """
 
     span: Span
     seen: list[Array]
     latents: Array
     step: int = 0
+    texts: Texts | None = None
 
 
 @dataclass(frozen=True)
@@ -99,17 +103,20 @@ class MadeBlock:
 class Stream:
     """One stream of an exported engine."""
 
-    def __init__(self, engine: ExportedEngine, rows: list[Array], seed: int, actions: Sequence[str]) -> None:
+    def __init__(
+        self, engine: ExportedEngine, rows: Array, negative: Array, seed: int, actions: Sequence[str]
+    ) -> None:
         plan = engine.plan
         self.engine, self.plan, self.seed = engine, plan, seed
-        self.names = tuple(plan["model"]["actions"])
+        names = tuple(plan["model"]["actions"])
         for action in actions:
-            check_action(action, self.names)
-        self.timeline, self.actions = Timeline(plan.preset), ActionTrack(self.names, actions)
-        self.rows: Array = rows[0]
+            check_action(action, names)
+        self.timeline, self.actions = Timeline(plan.preset), ActionTrack(names, actions)
+        self.rows = rows
         self.change: tuple[Array, Array, int, int] | None = None  # old rows, new rows, blocks left, blocks
-        self.branches = [Branch(plan, self.condition(row)) for row in rows]
+        self.network = Network(plan, engine.programs, engine.prompts, rows, negative, self.actions.of)
         self.flight: list[BlockInFlight] = []
+        self.uncommitted: Array | None = None  # latents of the last block, which the next one's first pass commits
         self.latents: dict[int, Array] = {}  # clean latents by frame, as far back as a recache goes
         self.state = [np.zeros(shape, np.float32) for shape in plan["decoder"]["state"]]
         self.decoded = 0
@@ -163,11 +170,19 @@ class Stream:
 
     def next_block(self, decode: bool = True) -> MadeBlock:
         """Make the next block: follow the prompt, denoise, commit, decode."""
-        marks = [time.perf_counter()]
+        marks, policy = [time.perf_counter()], self.plan.preset.context
+        changes = self.change is not None or self.timeline.pin_next
+        if self.timeline.uncommitted is not None and changes and policy.clean_text == "prompt":
+            assert self.uncommitted is not None
+            self.commit(self.timeline.uncommitted, self.uncommitted)
+            self.timeline.uncommitted = None
         self.follow_prompt()
         span, latents = self.denoise()
         marks.append(time.perf_counter())
-        self.commit(span, latents)
+        if policy.commit_in_next:
+            self.timeline.uncommitted, self.uncommitted = span, latents
+        else:
+            self.commit(span, latents)
         marks.append(time.perf_counter())
         pictures = self.decode(latents) if decode else None
         marks.append(time.perf_counter())
@@ -182,33 +197,38 @@ class Stream:
         share = 1 - (left - 1) / (blocks - 1) if blocks > 1 else 1.0
         self.rows = new if share == 1 else old + np.float32(share) * (new - old)
         self.change = (old, new, left - 1, blocks) if left > 1 else None
-        branch = self.branches[0]
-        branch.text = self.condition(self.rows)
+        if self.plan.preset.context.prompt_switch == "join":
+            for block in self.flight:
+                block.texts = block.texts or self.network.texts
+        self.network.follow(self.rows)
         if (recache := recache_pass(self.timeline)) is not None:
-            frames = recache.run.frames
-            self.keep(branch, recache, np.stack([self.latents[frame] for frame in frames]))
+            self.network.recompute(recache, np.stack([self.latents[frame] for frame in recache.run.frames]))
 
     def denoise(self) -> tuple[Span, Array]:
         """Take steps of the blocks in flight until the first is clean; returns its latents [F, C, h, w]."""
         sampler = self.plan["sampler"]
         first = self.timeline.next_block == 0 and sampler["first"]["matrix"] != sampler["matrix"]
         solver = sampler["first"] if first else sampler
-        whole = self.engine.programs.get("steps") if not first and len(self.branches) == 1 else None
+        whole = self.engine.programs.get("steps") if not first and len(self.network.texts) == 1 else None
         admit = partial(self.admit, solver["draws"])
         for scheduled in denoise_passes(self.timeline, self.flight, solver["timesteps"], admit):
+            if (cached := scheduled.window) is not None:
+                self.timeline.forget(cached)
             if whole is not None:
                 (block,) = self.flight
-                values = self.pass_inputs(scheduled, self.branches[0]) | {"noise": np.stack(block.seen)}
+                self.network.roll(scheduled, self.network.pasts.values())
+                values = self.network.inputs(0, scheduled.run, {}) | {"noise": np.stack(block.seen)}
                 block.latents, block.step = whole(values)["clean"][0], len(solver["timesteps"])
                 continue
-            latents = {"latents": np.concatenate([block.latents for block in self.flight])[None]}
-            inputs = [self.pass_inputs(scheduled, branch) | latents for branch in self.branches]
-            velocities = [self.engine.programs["step"](values) for values in inputs]
-            velocity, *negative = (result["velocity"][0] for result in velocities)
-            if negative:
-                velocity = negative[0] + np.float32(sampler["guidance_scale"]) * (velocity - negative[0])
-            ends = np.cumsum([len(block.latents) for block in self.flight])
-            for block, part in zip(self.flight, np.split(velocity, ends[:-1]), strict=True):
+            latents = [block.latents for block in self.flight]
+            if scheduled.committed is not None:
+                assert self.uncommitted is not None
+                latents.insert(0, self.uncommitted)
+            texts = {frame: block.texts for block in self.flight if block.texts for frame in block.span.frames}
+            velocity = self.network.run(scheduled, np.concatenate(latents), texts)
+            ends = np.cumsum([len(part) for part in latents])
+            parts = np.split(velocity, ends[:-1])
+            for block, part in zip(self.flight, parts[-len(self.flight) :], strict=True):
                 block.seen.append(part)
                 terms = zip(solver["matrix"][block.step], block.seen, strict=True)
                 total = sum(weight * term.astype(np.float64) for weight, term in terms if weight)
@@ -228,8 +248,7 @@ class Stream:
     def commit(self, span: Span, latents: Array) -> None:
         """Run the pass over clean latents that leaves their keys and values."""
         scheduled = commit_pass(self.timeline, span)
-        for branch in self.branches:
-            self.keep(branch, scheduled, latents)
+        self.network.run(scheduled, latents, {})
         context = scheduled.window
         assert context is not None
         self.timeline.forget(context)
@@ -240,45 +259,15 @@ class Stream:
     def decode(self, latents: Array) -> Array:
         """Decode latents [F, C, h, w] to frames uint8 [T, H, W, 3]."""
         decoder, pictures = self.plan["decoder"], []
-        for frame in latents:
+        for part in np.split(latents, range((unit := decoder.get("frames", 1)), len(latents), unit)):
             name = "decode_next" if self.decoded else decoder["first"]
-            values = {f"state_{slot}": value for slot, value in enumerate(self.state)} | {"latents": frame[None]}
+            values = {f"state_{slot}": value for slot, value in enumerate(self.state)} | {"latents": part}
             results = self.engine.programs[name](values)
             self.state = [results.get(f"next_{slot}", value) for slot, value in enumerate(self.state)]
             pixels = results["pixels"] if self.decoded else results["pixels"][-decoder["first_pictures"] :]
             pictures.append(np.rint((pixels * np.float32(0.5) + np.float32(0.5)) * np.float32(255)).astype(np.uint8))
             self.decoded += 1
         return np.ascontiguousarray(np.concatenate(pictures).transpose(0, 2, 3, 1))
-
-    def condition(self, rows: Array) -> Values:
-        """Cross keys and values of a prompt, by input name."""
-        return self.engine.programs["prompt"]({"rows": np.asarray(rows[None], np.float32)})
-
-    def keep(self, branch: Branch, scheduled: ScheduledPass, latents: Array) -> None:
-        """Run a pass over clean latents [F, C, h, w], and take its keys and values."""
-        frames, positions = scheduled.run.frames, self.positions(scheduled.run)
-        values = self.pass_inputs(scheduled, branch) | {"latents": latents[None]}
-        branch.keep(frames, [positions[frame] for frame in frames], self.engine.programs["commit"](values))
-
-    def positions(self, run: Pass) -> dict[int, int]:
-        """Position of each frame of a pass's context; where they move with the window, so that its own are absolute."""
-        group, *others = run.groups
-        assert all(other.context == group.context for other in others), run
-        moved = group.frames[0] - group.position_of(group.frames[0]) if self.plan["rope"]["moving"] else 0
-        return {frame: position + moved for frame, position in zip(group.context, group.positions, strict=True)}
-
-    def pass_inputs(self, scheduled: ScheduledPass, branch: Branch) -> Values:
-        """All inputs of a pass but its latents."""
-        run, positions = scheduled.run, self.positions(scheduled.run)
-        cached = None if scheduled.window is None else set(scheduled.window) - set(run.frames)
-        values = branch.bind({frame: at for frame, at in positions.items() if frame not in run.frames}, cached)
-        angles = np.multiply.outer([float(positions[frame]) for frame in run.frames], self.plan["rope"]["frequencies"])
-        values |= {"rope_cos": np.cos(angles).astype(np.float32), "rope_sin": np.sin(angles).astype(np.float32)}
-        values["timesteps"] = np.array([run.timesteps], np.float32)
-        if self.names:
-            numbers = [self.actions.of(frame) for frame in run.frames]
-            values["actions"] = np.eye(len(self.names), dtype=np.float32)[numbers][None]
-        return values
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -318,7 +307,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     fps, stride, size = plan["model"]["fps"], plan["size"]["pictures_per_latent"], tuple(plan["size"]["picture"])
     count = options.blocks
     if options.seconds is not None:
-        count = preset.blocks_for_frames(-(-(round(options.seconds * fps) - 1) // stride) + 1)
+        others = (plan["decoder"].get("frames", 1) - 1) * stride  # pictures decoded with a stream's first frame
+        first = plan["decoder"]["first_pictures"] - others
+        count = preset.blocks_for_frames(max(0, -(-(round(options.seconds * fps) - first) // stride)) + 1)
     actions = options.actions or (defaults["actions"] if count is None else None)
     script = read_actions(actions, plan["model"]["actions"]) if actions else []
     if count is None:

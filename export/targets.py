@@ -11,34 +11,36 @@ from importlib.util import find_spec
 from ..errors import InferixError, UsageError, nearest, quoted
 from ..schemes.page_needs import page_needs
 from ..schemes.presets import Preset
+from .plan import takes_groups
 
 FEATURES = {  # what a preset or a command may ask of an engine
     "one block in flight": "window_blocks 1: each block is denoised alone",
-    "several blocks in flight": "window_blocks above 1, as in rolling-forcing",
-    "several prompts in a pass": "prompt_switch join with window_blocks above 1, as in magi",
+    "several blocks in flight": "window_blocks above 1, as in rolling-forcing; not in inferix-runner",
+    "several prompts in a pass": "prompt_switch join with window_blocks above 1, as in magi; not in inferix-runner",
     "recomputed context": "segment_frames above 0 or commit false, as in causvid and krea",
-    "commit in the next pass": "commit_in_next true",
+    "commit in the next pass": "commit_in_next true; not in inferix-runner",
     "averaged sink": "sink_decay below 1",
     "sink of a rest": "rest_sink true",
-    "context by noise level": "noise2clean_kvrange, clean_chunk_kvrange or clean_text null",
+    "context by noise level": "noise2clean_kvrange, clean_chunk_kvrange or clean_text null; not in inferix-runner",
     "memory weights": "clean_weights memory: a second set of weights makes the past, as in sgf-plus",
     "two experts": "boundary_ratio above 0: two sets of weights, each with a past of its own",
     "endless window": "local_attn_size -1",
+    "sink at several distances": "a sink, positions other than absolute, and commit_in_next or ranges of keys",
     "first block of one frame": "independent_first_frame",
     "guidance": "guidance_scale other than 1: two pasts under two prompts",
-    "guidance by past": "guidance of several scales, as in magi",
+    "guidance by past": "guidance of several scales, as in magi; not in inferix-runner",
     "recache": "prompt_switch recache",
     "blend": "prompt_switch blend",
     "channels of frames": "image channels: an image and a camera beside the latents, as in lingbot-v2",
     "scene cuts": "shot_offset above 0",
     "unrolled steps": "--unroll: all steps of a block in one program",
-    "unrolled joint steps": "--unroll with window_blocks above 1",
+    "unrolled joint steps": "--unroll with window_blocks above 1, or passes whose frames see other frames",
     "prefixes": "--prefixes: streams that begin with an image or a video",
     "pasted pictures": "--prefixes with image paste or clamp: given frames in a block of others",
     "float32": "--dtype float32: weights are stored in it; passes are always in float32",
     "float16": "--dtype float16",
     "bfloat16": "--dtype bfloat16",
-    "keys and values in int8": "--kv-dtype int8: a scale for each frame and head",
+    "keys and values in int8": "--kv-dtype int8: a scale for each frame and head; not in inferix-runner",
     "keys and values in fp8": "--kv-dtype fp8",
 }
 KV_DTYPES = ("float32", "int8", "fp8")
@@ -77,11 +79,14 @@ class Target:
 
 PLAIN = frozenset(FEATURES) - {
     "several prompts in a pass", "recomputed context", "commit in the next pass", "averaged sink",
-    "sink of a rest", "context by noise level", "two experts", "endless window", "guidance by past",
-    "channels of frames", "unrolled joint steps", "pasted pictures", "float16", "bfloat16", "keys and values in int8",
-    "keys and values in fp8",
+    "sink of a rest", "context by noise level", "two experts", "endless window", "sink at several distances",
+    "guidance by past", "channels of frames", "unrolled joint steps", "pasted pictures", "float16", "bfloat16",
+    "keys and values in int8", "keys and values in fp8",
 }  # fmt: skip
-HALF = PLAIN | {"float16"}
+GROUPED = PLAIN | {
+    "several prompts in a pass", "commit in the next pass", "context by noise level", "guidance by past",
+}  # fmt: skip
+HALF = GROUPED | {"float16"}
 HERE = __package__
 EVERY = (
     Target("onnx", ".onnx", ("onnx", "onnxscript"), "onnx", f"{HERE}.to_onnx:OnnxWriter",
@@ -89,7 +94,7 @@ EVERY = (
     Target("openvino", ".xml", ("onnx", "onnxscript", "openvino"), "openvino", f"{HERE}.to_openvino:OpenVinoWriter",
            f"{HERE}.backends:OpenVino", "openvino", HALF, "CPU, by OpenVINO"),
     Target("aoti", ".pt2", ("torch",), "", f"{HERE}.to_aoti:AotiWriter", f"{HERE}.backends:AotInductor", "torch",
-           PLAIN, "CPU, by torch"),
+           GROUPED, "CPU, by torch"),
     Target("tensorrt", ".engine", ("onnx", "onnxscript", "tensorrt"), "tensorrt", f"{HERE}.to_tensorrt:TensorRtWriter",
            f"{HERE}.backends:TensorRt", "tensorrt", PLAIN, ""),
 )  # fmt: skip
@@ -125,6 +130,7 @@ def needed_features(
         "memory weights": context.clean_weights != "plain",
         "two experts": preset.sampler.boundary_ratio > 0,
         "endless window": page_needs(preset).context is None,
+        "sink at several distances": context.rotates_sink and (context.commit_in_next or context.has_key_ranges),
         "first block of one frame": preset.independent_first_frame and preset.num_frame_per_block > 1,
         "guidance": preset.sampler.guidance_scale != 1,
         "guidance by past": preset.sampler.guidance is not None,
@@ -133,7 +139,7 @@ def needed_features(
         "channels of frames": context.image == "channels",
         "scene cuts": context.shot_offset > 0,
         "unrolled steps": unroll,
-        "unrolled joint steps": unroll and preset.window_blocks > 1,
+        "unrolled joint steps": unroll and (preset.window_blocks > 1 or takes_groups(preset)),
         "prefixes": prefixes,
         "pasted pictures": prefixes and context.image in ("paste", "clamp"),
         dtype: True,

@@ -40,7 +40,7 @@ def replace_splits(model: Any) -> None:
         if split.get_type_name() != "Split":
             continue
         axis, count = int(split.input_value(1).get_node().get_data()), split.get_output_size()
-        size = split.input_value(0).get_shape()[axis] // count
+        size = split.input_value(0).get_partial_shape()[axis].get_length() // count
         for part in range(count):
             indices = np.arange(part * size, (part + 1) * size)
             gather = opset13.gather(split.input_value(0), indices, np.array(axis))

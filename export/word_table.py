@@ -22,6 +22,7 @@ class PromptTable:
 
     def __init__(self, text: Mapping[str, Any], folder: Path) -> None:
         self.text, self.rows = text, np.load(folder / text["rows"])
+        self.null: Array | None = np.load(folder / text["null"]) if "null" in text else None
 
     def encode(self, prompt: str) -> Array:
         """Rows [text_len, text_dim] of a prompt. UsageError for one that the engine does not have."""
@@ -36,6 +37,16 @@ class PromptTable:
             )
         rows: Array = self.rows[text["prompts"].index(prompt)]
         return rows
+
+    def inputs(self, rows: Array, dropped: bool) -> Array:
+        """Rows of a text as the program `prompt` takes them, float32; rows of zeros are the null caption.
+
+        dropped: the branch of guidance runs without the prompt.
+        """
+        if self.null is None:
+            return np.asarray(rows, np.float32)
+        null, length = self.null[int(dropped)], len(rows)
+        return np.concatenate((rows if rows.any() else null[:length], null[length:]), dtype=np.float32)
 
 
 def known_words(prompt: str, words: Sequence[str], skipped: Sequence[str]) -> list[str]:

@@ -54,6 +54,11 @@ class DecoderSpec(ABC):
         """Pixels a side of one latent pixel."""
 
     @property
+    def tile_frames(self) -> int:
+        """Latent frames that are decoded at once, whatever is decoded with them."""
+        return 1
+
+    @property
     @abstractmethod
     def encodes(self) -> bool:
         """True if there is an encoder, too."""

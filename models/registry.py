@@ -63,10 +63,15 @@ def unregister(family: Family) -> None:
 
 def family_of(spec: ModelSpec) -> Family:
     """Return the family of a model; UsageError for one that is not registered."""
-    if spec.family not in FAMILIES:
-        known = f"{nearest(spec.family, FAMILIES)}; there are {', '.join(FAMILIES)}"
-        raise UsageError(f"model {quoted(spec.name)} has family {quoted(spec.family)}, which is not registered{known}")
-    return FAMILIES[spec.family]
+    return family_named(spec.family, spec.name)
+
+
+def family_named(name: str, model: str) -> Family:
+    """Return the family of this name, which a model has; UsageError for one that is not registered."""
+    if name not in FAMILIES:
+        known = f"{nearest(name, FAMILIES)}; there are {', '.join(FAMILIES)}"
+        raise UsageError(f"model {quoted(model)} has family {quoted(name)}, which is not registered{known}")
+    return FAMILIES[name]
 
 
 def formats() -> list[str]:

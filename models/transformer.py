@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -123,9 +123,13 @@ class FrameContext:
 
 
 class Transformer(nn.Module, ABC):
-    """Predicts the flow velocity of F latent frames, each at its own timestep."""
+    """Predicts the flow velocity of F latent frames, each at its own timestep.
+
+    host_parameters: names of those that are read outside of passes, for positions and for texts.
+    """
 
     spec: ModelSpec
+    host_parameters: ClassVar[tuple[str, ...]] = ()
 
     @property
     @abstractmethod

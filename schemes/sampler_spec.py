@@ -33,6 +33,7 @@ class SolverRules:
 SOLVERS: dict[str, SolverRules] = {
     "renoise": SolverRules(step_list=True), "unipc": SolverRules(step_list=False, partial=True)
 }  # fmt: skip
+STANDARD_SOLVERS = tuple(SOLVERS)  # others are known once the package of a model family is imported
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,7 @@ class SamplerSpec:
 
     def __post_init__(self) -> None:
         steps = self.denoising_step_list
-        if self.solver not in SOLVERS:
-            raise UsageError(f"solver is {quoted(self.solver)}; expected one of {', '.join(SOLVERS)}")
+        rules = self.rules
         if not self.has_step_list and self.num_steps < 1:
             raise UsageError(f"num_steps is {self.num_steps}; expected 1 or more")
         if self.has_step_list:
@@ -104,7 +104,7 @@ class SamplerSpec:
                 f"boundary_ratio is {self.boundary_ratio} with guidance (guidance_scale {self.guidance_scale}); the "
                 "experts are branches of guidance: leave guidance_scale at 1"
             )
-        if self.boundary_ratio and SOLVERS[self.solver].to_clean:
+        if self.boundary_ratio and rules.to_clean:
             raise UsageError(
                 f"boundary_ratio is {self.boundary_ratio}, but timesteps of solver {self.solver} ascend; set it to 0"
             )
@@ -117,6 +117,13 @@ class SamplerSpec:
             raise UsageError(f"{name} {list(steps)} must hold whole numbers to be warped")
 
     @property
+    def rules(self) -> SolverRules:
+        """Settings that its solver takes; UsageError for one that is not known."""
+        if self.solver not in SOLVERS:
+            raise UsageError(f"solver is {quoted(self.solver)}; expected one of {', '.join(SOLVERS)}")
+        return SOLVERS[self.solver]
+
+    @property
     def guide(self) -> Guidance:
         """The guidance in force."""
         if self.boundary_ratio:
@@ -125,19 +132,18 @@ class SamplerSpec:
 
     def condition(self, step: int) -> float | None:
         """Condition of a step that the network takes besides its timestep; None for none."""
-        rule = SOLVERS[self.solver].condition
+        rule = self.rules.condition
         return None if rule is None else rule(self.steps, step)
 
     @property
     def takes_strength(self) -> bool:
         """True if a block can start from a video with less noise than all."""
-        rules = SOLVERS[self.solver]
-        return rules.step_list or rules.partial
+        return self.rules.step_list or self.rules.partial
 
     @property
     def has_step_list(self) -> bool:
         """True if the steps are those of `denoising_step_list`."""
-        return SOLVERS[self.solver].step_list
+        return self.rules.step_list
 
     @property
     def steps(self) -> int:

@@ -59,5 +59,5 @@ def modules_of(
     engine: Engine, unroll: bool = False, size: tuple[int, int] = SIZE, kv_dtype: str = "float32"
 ) -> dict[str, ModuleProgram]:
     programs, decoder = describe_programs(engine, size, unroll, kv_dtype)
-    encoder = describe_encoder(engine, size)
-    return {program.name: ModuleProgram(program) for program in [*programs, *decoder.programs, *encoder.programs]}
+    encoder = describe_encoder(engine, size).programs if engine.parts.vae.spec.tile_frames == 1 else ()
+    return {program.name: ModuleProgram(program) for program in [*programs, *decoder.programs, *encoder]}

@@ -11,7 +11,7 @@
 namespace inferix {
 namespace {
 
-constexpr int first_version = 1, last_version = 2;  // 2 has what this runner refuses by name
+constexpr int first_version = 1, last_version = 3;  // 2 and 3 have what this runner refuses by name
 
 void check_files(const Plan& plan) {
     for (const auto& [name, facts] : plan.at("files").object) {
@@ -92,8 +92,11 @@ Plan Plan::read(const std::filesystem::path& folder) {
         throw UsageError("plan.json in " + where + " is not the plan of an engine; export it again");
     if (int64_t version = plan.at("version").integer(); version < first_version || version > last_version)
         throw UsageError("engine " + where + " has version " + std::to_string(version) + "; expected " +
-                         std::to_string(first_version) + " or " + std::to_string(last_version) +
+                         std::to_string(first_version) + " to " + std::to_string(last_version) +
                          ": export it again, or build the runner of then");
+    else if (version == last_version)
+        throw UsageError("engine " + where + " has passes in which frames see other frames or follow other texts "
+                         "(version 3), which this runner does not do; use inferix-run, or export another preset");
     if (plan.json.has("kv_dtype") && plan.at("kv_dtype").string() != "float32")
         throw UsageError("engine " + where + " has keys and values in " + plan.at("kv_dtype").string() +
                          " (kv_dtype), which this runner does not read; use inferix-run, or export it in float32");

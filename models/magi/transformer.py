@@ -239,6 +239,7 @@ class MagiTransformer(Transformer):
     """Predicts the velocity towards clean latents of F latent frames, each at its own time."""
 
     spec: MagiSpec
+    host_parameters: ClassVar[tuple[str, ...]] = ("bands", "y_embedder.null_caption_embedding")
 
     def __init__(self, spec: MagiSpec) -> None:
         super().__init__()

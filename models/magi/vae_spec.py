@@ -41,7 +41,7 @@ class VitVaeSpec(DecoderSpec):
 
     @property
     def tile_frames(self) -> int:
-        """Latent frames of a tile; tiles do not overlap in time."""
+        """Latent frames of a tile, which is decoded at once; tiles do not overlap in time."""
         return PICTURES // self.temporal_stride
 
     @property

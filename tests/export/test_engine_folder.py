@@ -263,7 +263,7 @@ def test_plan_fits_its_schema(tmp_path: Path) -> None:
     schema = json.loads(SCHEMA.read_text("utf-8"))
     jsonschema.validate(plan, schema)
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(plan | {"version": 3}, schema)
+        jsonschema.validate(plan | {"version": 4}, schema)
     check = plan["noise"]["check"]
     drawn = normals(check["seed"], [check["frame"]], check["draw"], (2, 2, 2))
     np.testing.assert_array_equal(drawn.ravel(), np.array(check["normals"], np.float32))

@@ -222,6 +222,7 @@ def test_bad_input_is_refused_in_one_line(built: Built, toys: dict[str, Path], t
         (damaged("size", copy_size), [], "64x64"),
         (damaged("joint", lambda copy: change_preset(copy, window_blocks=5)), [], "window_blocks 5"),
         (damaged("int8", lambda copy: change(copy, version=2, kv_dtype="int8")), [], "int8"),
+        (damaged("groups", lambda copy: change(copy, version=3)), [], "see other frames"),
         (toy, ["--json", "--out", "-"], "--json"),
         (toy, ["--size", "64x64"], "64x64"),
         (toy, ["--blocks", "1", "--restore", str(saved)], str(saved)),

@@ -7,25 +7,23 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from ..schemes.fixed_window import FixedWindow
-from ..schemes.page_needs import page_needs
 from .backends import Values
 from .numerics import Array, quantised, rotated
 from .plan import Plan
 
 
-class Branch:
-    """A past under one prompt: cross keys by input name, and keys and values of the frames in each slot."""
+class Past:
+    """Keys and values of the frames in each slot. frames: how many slots there are."""
 
-    def __init__(self, plan: Plan, text: Values) -> None:
-        size, model = plan["size"], plan["model"]
-        frames = page_needs(plan.preset).context
-        assert frames is not None  # targets refuse a window without an end
+    def __init__(self, plan: Plan, frames: int) -> None:
+        size, model, rope = plan["size"], plan["model"], plan["rope"]
         shape = (frames, size["tokens"], model["heads"], model["channels"])
         names = [f"{part}_{layer}" for layer in range(model["layers"]) for part in "kv"]
-        self.text, self.slots, self.frequencies = text, FixedWindow(), plan["rope"]["frequencies"]
-        self.past = {name: np.zeros(shape, plan.kv_dtype) for name in names}
+        self.slots, self.frequencies = FixedWindow(), rope["frequencies"]
+        self.half = sum(rope["pairs"]) if rope.get("half_split") else None
+        self.values = {name: np.zeros(shape, plan.kv_dtype) for name in names}
         if plan.kv_dtype == "int8":
-            self.past |= {f"scale_{name}": np.zeros((shape[0], shape[2]), np.float32) for name in names}
+            self.values |= {f"scale_{name}": np.zeros((shape[0], shape[2]), np.float32) for name in names}
         self.pending: tuple[int, ...] = ()  # frames whose keys and values are in `new` and not yet in slots
         self.new: Values = {}
         self.stored: dict[int, int] = {}  # position at which a frame's keys were rotated
@@ -39,39 +37,38 @@ class Branch:
         self.shift |= dict.fromkeys(frames, 0)
         self.originals = {frame: keys for frame, keys in self.originals.items() if frame not in frames}
 
-    def bind(self, past: Mapping[int, int], cached: Collection[int] | None) -> Values:
-        """Bring the slots up to date for a pass that sees `past`, frames with their positions as the pass counts them.
-
-        cached: frames that have slots from now on, those of `past` among them; None for all that there are.
-        Returns the inputs of the past and the prompt.
-        """
+    def roll(self, cached: Collection[int] | None) -> None:
+        """Bring the slots up to date for a pass. cached: frames that have slots from now on; None for all there are."""
         cached = {*self.slots.frames, *self.pending} if cached is None else cached
         update = self.slots.update(cached, self.pending)
-        for name, slots in self.past.items():
+        for name, slots in self.values.items():
             for frame, slot in update.writes:
                 slots[slot] = self.new[f"new_{name}"][self.pending.index(frame)]
             for source, slot in update.moves:
                 slots[slot] = slots[source]
         self.pending, self.new = (), {}
+        for known in (self.stored, self.shift, self.originals):
+            for frame in known.keys() - set(cached):
+                del known[frame]
+
+    def bind(self, past: Mapping[int, int]) -> tuple[Values, list[int]]:
+        """Inputs of a pass that sees `past`, frames with their positions as the pass counts them, and their order."""
         seen = {slot: frame for slot, frame in enumerate(self.slots.frames) if frame in past}
         for slot, frame in seen.items():
             if (shift := past[frame] - self.stored[frame]) != self.shift[frame]:
-                keys = {name: slots for name, slots in self.past.items() if name.startswith("k")}
+                keys = {name: slots for name, slots in self.values.items() if name.startswith("k")}
                 original = self.originals.setdefault(frame, {name: self.keys_in(name, slot) for name in keys})
                 for name, slots in keys.items():
-                    turned = rotated(original[name], shift * np.array(self.frequencies))
-                    if (scales := self.past.get(f"scale_{name}")) is None:
+                    turned = rotated(original[name], shift * np.array(self.frequencies), self.half)
+                    if (scales := self.values.get(f"scale_{name}")) is None:
                         slots[slot] = turned
                     else:
                         slots[slot], scales[slot] = quantised(turned)
                 self.shift[frame] = shift
-        for known in (self.stored, self.shift, self.originals):
-            for frame in known.keys() - set(cached):
-                del known[frame]
         listed = slice(len(past)) if len(past) == len(self.slots.frames) else list(seen)
-        return self.text | {f"past_{name}": slots[listed] for name, slots in self.past.items()}
+        return {f"past_{name}": slots[listed] for name, slots in self.values.items()}, list(seen.values())
 
     def keys_in(self, name: str, slot: int) -> Array:
         """Keys [tokens, heads, channels] of the frame in a slot, float32."""
-        keys, scales = self.past[name][slot].astype(np.float32), self.past.get(f"scale_{name}")
+        keys, scales = self.values[name][slot].astype(np.float32), self.values.get(f"scale_{name}")
         return keys if scales is None else keys * scales[slot][:, None]
