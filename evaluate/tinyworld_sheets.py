@@ -40,7 +40,7 @@ def sheets(engine: Engine, seconds: int = SECONDS, farthest: int = FARTHEST) -> 
         rests.append(stream(engine, scene, ["stay"] * count, index))
         walks.append(stream(engine, scene, walk, index))
         ways.append(returns(engine, scene, farthest, index))
-    return dict(zip(NAMES, (rests, walks, ways, [*walks[:3], ways[3]]), strict=True))
+    return dict(zip(NAMES, (rests, walks, ways, [*walks[:3], ways[0]]), strict=True))
 
 
 def stream(engine: Engine, scene: Scene, actions: Sequence[str], seed: int) -> list[Tile]:
@@ -59,7 +59,8 @@ def returns(engine: Engine, scene: Scene, farthest: int, seed: int) -> list[Tile
     tiles, new = [Tile(walk.ends[0], scene.prompt)], walk.actions[PREFIX - 1 :]
     for steps in range(1, farthest + 1):
         frame = steps * (steps + 1)
-        tiles.append(Tile(ends[frame - 1], f"{frame / rate:g} s, {steps} {new[frame - 1]}"))
+        away, back = new[frame - steps - 1], new[frame - 1]
+        tiles.append(Tile(ends[frame - 1], f"{frame / rate:g} s, {steps} {away}, {steps} {back}"))
     return tiles
 
 
