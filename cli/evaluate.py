@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +14,9 @@ from ..errors import UsageError
 from ..version import __version__
 from . import eval_drift
 from .help import Command, group
+
+if TYPE_CHECKING:
+    from ..runtime.engine import Engine
 
 app = group()
 
@@ -35,7 +38,10 @@ def tinyworld(
     seeds: int = typer.Option(8, min=1, help="Long runs."),
     minutes: float = typer.Option(10.0, help="Length of a long run, in minutes of video; 1 or more."),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
-    out: Path | None = typer.Option(None, help="Folder for eval.json and the contact sheet streams.png."),
+    out: Path | None = typer.Option(None, help="Folder for eval.json; a stopped run goes on from its walks.json."),
+    sheets: Path | None = typer.Option(
+        None, help="Folder for contact sheets of a minute at rest, walking and returning; nothing is measured."
+    ),
     as_json: bool = typer.Option(False, "--json", help="One JSON line on stdout."),
 ) -> None:
     """Compare a model of the small world with its simulator.
@@ -50,25 +56,31 @@ def tinyworld(
         raise UsageError(f"--minutes is {minutes:g}; expected 1 or more, since drift is measured over 60 s")
 
     from ..evaluate.tinyworld import BARS, evaluate
+    from ..evaluate.tinyworld_walks import Progress
     from ..runtime.files import check_output, check_paths, write_atomically
     from ..runtime.load import load
-    from ..runtime.media import contact_sheet
 
+    if sheets is not None:
+        if out is not None or as_json:
+            raise UsageError("--sheets measures nothing; leave out --out and --json, or --sheets")
+        draw_sheets(load(model, preset="tinyworld", device=device), model, sheets)
+        return
+    places: dict[str, Path] = {}
     if out is not None:
-        places = {"figures": out / "eval.json", "contact sheet": out / "streams.png"}
+        places = {"figures": out / "eval.json", "finished walks": out / "walks.json"}
         check_paths({"--model": model}, places)
         for place in places.values():
             check_output(place)
     engine = load(model, preset="tinyworld", device=device)
     console = Console(stderr=True)
-    figures, sheet = evaluate(engine, walks, seeds, minutes, lambda line: console.print(line, highlight=False))
-    figures |= {"walks": walks, "seeds": seeds, "minutes": minutes, "version": __version__, "model": engine.describe()}
-    if out is not None:
+    about = {"version": __version__, "model": engine.describe()}
+    progress = Progress(lambda line: console.print(line, highlight=False), places.get("finished walks"), about)
+    figures = evaluate(engine, walks, seeds, minutes, progress) | about
+    figures |= {"walks": walks, "seeds": seeds, "minutes": minutes}
+    if places:
         text = json.dumps(figures, indent=2) + "\n"
         write_atomically(places["figures"], lambda part: part.write_text(text, "utf-8"))
-        times = [f"{6 * tenth} s" for tenth in range(sheet.shape[1])]
-        frames = list(sheet.reshape(-1, *sheet.shape[2:]))
-        contact_sheet(frames, places["contact sheet"], len(times), times * len(sheet))
+        places["finished walks"].unlink(missing_ok=True)
     if as_json:
         typer.echo(json.dumps(figures, default=str))
         return
@@ -83,6 +95,20 @@ def tinyworld(
     Console().print(table)
     known = ", ".join(f"{name} {share:.1%}" for name, share in figures["judge_accuracy"].items())
     typer.echo(f"accuracy of the classifiers on held-out worlds: {known}")
+
+
+def draw_sheets(engine: Engine, model: str, folder: Path) -> None:
+    """Write the contact sheets of `evaluate.tinyworld_sheets`, one file each."""
+    from ..evaluate import tinyworld_sheets
+    from ..runtime.files import check_output, check_paths
+    from ..runtime.media import contact_sheet
+
+    places = {name: check_output(folder / f"{name}.png") for name in tinyworld_sheets.NAMES}
+    check_paths({"--model": model}, places)
+    for name, rows in tinyworld_sheets.sheets(engine).items():
+        tiles = [tile for row in rows for tile in row]
+        contact_sheet([tile.picture for tile in tiles], places[name], len(rows[0]), [tile.label for tile in tiles])
+        typer.echo(places[name])
 
 
 def bounds(figures: dict[str, Any], name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -36,13 +36,14 @@ from ..models.tinyworld.world import (
 )
 from ..runtime.engine import Engine
 from ..runtime.execution.decode_pipeline import to_frames
+from .bootstrap import RESAMPLES, Interval, bootstrap_mean, bootstrap_ratio
 from .tinyworld_classifiers import SEEN
-from .tinyworld_judge import Walked, judge
+from .tinyworld_judge import Walked, hero_share, judge, response, things, words_share
 from .tinyworld_walks import (
     HERO,
     PREFIX,
-    Log,
     Picture,
+    Progress,
     Walk,
     generate,
     last_pictures,
@@ -66,9 +67,15 @@ BARS = {
 }
 
 
-def decibel(wrong: NDArray[Any]) -> float:
-    """PSNR, dB, of differences of uint8 pictures."""
-    return 20 * math.log10(255 / max(float(np.sqrt(np.mean(np.square(wrong, dtype=np.float64)))), 1e-9))
+def decibel(mean_square: float) -> float:
+    """PSNR, dB, of uint8 pictures whose differences have this mean square."""
+    return 20 * math.log10(255 / max(math.sqrt(mean_square), 1e-9))
+
+
+def decibels(squares: Interval) -> Interval:
+    """PSNR, dB, of mean squares."""
+    low, high = (None if bound is None else decibel(bound) for bound in (squares.low, squares.high))
+    return Interval(decibel(squares.mean), high, low, squares.videos)
 
 
 def shift_between(before: Picture, after: Picture) -> tuple[int, int]:
@@ -97,31 +104,39 @@ def details(picture: Picture) -> NDArray[np.float64]:
     return fine / np.sqrt(smooth(fine**2) + 1e-2)
 
 
-def actions_right(engine: Engine, walks: int, log: Log) -> float:
+def actions_right(engine: Engine, walks: int, progress: Progress) -> Interval:
     """Share of latent frames in which the camera moves as the simulator's does."""
-    right = total = 0
+    right, total = [], []
     for index, walk in enumerate(random_walks(walks, PREFIX + 8, 1)):
-        new = generate(engine, walk, PREFIX, index)[FRAMES - 1 :: FRAMES]
-        ends = np.concatenate((walk.ends[PREFIX - 1 : PREFIX], new))
-        for step in range(len(ends) - 1):
-            (x, y), (to_x, to_y) = walk.places[PREFIX - 1 + step], walk.places[PREFIX + step]
-            right += shift_between(ends[step], ends[step + 1]) == ((to_x - x) // STEP, (to_y - y) // STEP)
-            total += 1
-        log(f"actions {index + 1}/{walks}: {right / total:.1%} right")
-    return right / total
+        followed = progress.once(f"actions {index}", moves_followed, engine, walk, index)
+        right.append(sum(followed))
+        total.append(len(followed))
+        progress.say(f"actions {index + 1}/{walks}: {sum(right) / sum(total):.1%} right")
+    return bootstrap_ratio(right, total)
 
 
-def reconstruction(engine: Engine, walks: int, log: Log) -> float:
+def moves_followed(engine: Engine, walk: Walk, seed: int) -> list[bool]:
+    new = generate(engine, walk, PREFIX, seed)[FRAMES - 1 :: FRAMES]
+    ends = np.concatenate((walk.ends[PREFIX - 1 : PREFIX], new))
+    moves = np.diff(walk.places[PREFIX - 1 :], axis=0) // STEP
+    return [shift_between(*ends[step : step + 2]) == tuple(move) for step, move in enumerate(moves.tolist())]
+
+
+def reconstruction(engine: Engine, walks: int, progress: Progress) -> Interval:
     """PSNR, dB, of walks encoded and decoded by the VAE."""
     wrong = []
     for index, walk in enumerate(random_walks(walks, 12, 2)):
-        pixels = torch.from_numpy(walk.pictures).permute(0, 3, 1, 2).to(engine.device, engine.dtype) / 127.5 - 1
-        vae = engine.parts.vae
-        with torch.no_grad():
-            decoded = to_frames(vae.decode(vae.encode(pixels, vae.new_state()), vae.new_state()))
-        wrong.append(decoded.astype(np.float64) - walk.pictures)
-        log(f"reconstruction {index + 1}/{walks}: {decibel(wrong[-1]):.1f} dB")
-    return decibel(np.stack(wrong))
+        wrong.append(progress.once(f"reconstruction {index}", reconstruction_error, engine, walk))
+        progress.say(f"reconstruction {index + 1}/{walks}: {decibel(wrong[-1]):.1f} dB")
+    return decibels(bootstrap_mean(wrong))
+
+
+@torch.no_grad()
+def reconstruction_error(engine: Engine, walk: Walk) -> float:
+    pixels = torch.from_numpy(walk.pictures).permute(0, 3, 1, 2).to(engine.device, engine.dtype) / 127.5 - 1
+    vae = engine.parts.vae
+    decoded = to_frames(vae.decode(vae.encode(pixels, vae.new_state()), vae.new_state()))
+    return float(np.square(decoded.astype(np.float64) - walk.pictures).mean())
 
 
 def seen_before(walk: Walk, given: int, frame: int) -> NDArray[np.bool_]:
@@ -134,37 +149,50 @@ def seen_before(walk: Walk, given: int, frame: int) -> NDArray[np.bool_]:
     return seen
 
 
-def first_two_seconds(engine: Engine, walks: int, log: Log) -> float:
+def first_two_seconds(engine: Engine, walks: int, progress: Progress) -> Interval:
     """PSNR, dB, of the first 2 s against the simulator, on land that the prefix has shown."""
     count = 2 * engine.fps // FRAMES
-    wrong = []
+    squares, pixels = [], []
     for index, walk in enumerate(random_walks(walks, PREFIX - 1 + count, 3)):
-        ends = generate(engine, walk, PREFIX, index)[FRAMES - 1 :: FRAMES]
-        for step, picture in enumerate(ends):
-            mask = seen_before(walk, PREFIX, PREFIX + step)
-            wrong.append((picture.astype(np.float64) - walk.ends[PREFIX + step])[mask].ravel())
-        log(f"first seconds {index + 1}/{walks}: {decibel(np.concatenate(wrong)):.1f} dB")
-    return decibel(np.concatenate(wrong))
+        wrong, size = progress.once(f"first seconds {index}", first_error, engine, walk, index)
+        squares.append(wrong)
+        pixels.append(size)
+        progress.say(f"first seconds {index + 1}/{walks}: {decibel(sum(squares) / sum(pixels)):.1f} dB")
+    return decibels(bootstrap_ratio(squares, pixels))
 
 
-def landmark_return(engine: Engine, walks: int, log: Log) -> float:
-    """Share of landmarks that reappear after walking away and back within the window.
+def first_error(engine: Engine, walk: Walk, seed: int) -> tuple[float, int]:
+    """Sum of the squared differences on land that the prefix has shown, and their number."""
+    wrong = []
+    for step, picture in enumerate(generate(engine, walk, PREFIX, seed)[FRAMES - 1 :: FRAMES]):
+        mask = seen_before(walk, PREFIX, PREFIX + step)
+        wrong.append((picture.astype(np.float64) - walk.ends[PREFIX + step])[mask].ravel())
+    every = np.concatenate(wrong)
+    return float(np.square(every).sum()), every.size
 
-    A landmark reappears if the picture around it is nearer to the simulator's than to one without it.
-    """
-    there = total = 0
+
+def landmark_return(engine: Engine, walks: int, progress: Progress) -> Interval:
+    """Share of landmarks that reappear after walking away and back within the window."""
+    there, total = [], []
     rng = random.Random(4)
     for index in range(walks):
         walk, marks = away_and_back(rng, (engine.preset.context.local_attn_size - 2) // 2)
-        given = 2
-        last = generate(engine, walk, given, index)[-1].astype(np.float64)
-        for mark in marks:
-            where = around(mark, walk.places[-1])
-            true, without = walk.ends[-1].astype(np.float64), walk.world.picture_without(mark).astype(np.float64)
-            there += bool(np.square(last - true)[where].mean() < np.square(last - without)[where].mean())
-            total += 1
-        log(f"landmarks {index + 1}/{walks}: {there}/{total} reappeared")
-    return there / total
+        returned = progress.once(f"landmarks {index}", landmarks_returned, engine, walk, marks, index)
+        there.append(sum(returned))
+        total.append(len(returned))
+        progress.say(f"landmarks {index + 1}/{walks}: {sum(there)}/{sum(total)} reappeared")
+    return bootstrap_ratio(there, total)
+
+
+def landmarks_returned(engine: Engine, walk: Walk, marks: Sequence[Landmark], seed: int) -> list[bool]:
+    """Whether the picture around each landmark is nearer to the simulator's than to one without it."""
+    given = 2
+    last, true = (pictures[-1].astype(np.float64) for pictures in (generate(engine, walk, given, seed), walk.ends))
+    returned = []
+    for mark in marks:
+        where, without = around(mark, walk.places[-1]), walk.world.picture_without(mark).astype(np.float64)
+        returned.append(bool(np.square(last - true)[where].mean() < np.square(last - without)[where].mean()))
+    return returned
 
 
 def away_and_back(rng: random.Random, steps: int) -> tuple[Walk, list[Landmark]]:
@@ -252,77 +280,123 @@ def drift(tenths: NDArray[np.float64]) -> dict[str, float]:
     return dict(zip((*SIGNALS, "frozen feature"), (*moved.max(0).tolist(), float(frozen.max())), strict=True))
 
 
+def drift_interval(tenths: NDArray[np.float64]) -> Interval:
+    """The largest drift of tenths [walks, 10, signals + 32], with an interval over walks by the bootstrap."""
+    largest = max(drift(tenths.mean(0)).values())
+    if len(tenths) < 2:
+        return Interval(largest, None, None, len(tenths))
+    chosen = np.random.default_rng(0).integers(len(tenths), size=(RESAMPLES, len(tenths)))
+    low, high = np.quantile([max(drift(tenths[walks].mean(0)).values()) for walks in chosen], [0.025, 0.975])
+    return Interval(largest, float(low), float(high), len(tenths))
+
+
 def tenth_statistics(pictures: Picture) -> NDArray[np.float64]:
     """Signals and features of each tenth of a video [N, H, W, 3], [10, signals + 32]."""
     return np.stack([np.concatenate((signals(part), features(part))) for part in np.array_split(pictures, 10)])
 
 
-def one_minute(engine: Engine, walks: int, log: Log) -> tuple[dict[str, Any], Picture, list[Walked]]:
+class Minute(Walked):
+    """A stream of 60 s: frames with the hero's colour, and `tenth_statistics` of the model and of the simulator."""
+
+    hero_right: int
+    ours: list[list[float]]
+    true: list[list[float]]
+
+
+def one_minute(engine: Engine, walks: int, progress: Progress) -> tuple[dict[str, Any], Sequence[Walked]]:
     """Drift between tenths of 60 s streams from a prompt without a video, the same of the simulator, and the hero.
 
-    The signals are averaged over all streams; the simulator's drift is the level of chance. Also returns pictures for a
-    contact sheet, [8 streams at most, 10, SIZE, SIZE, 3], and the walks for `judge`.
+    The signals are averaged over all streams; the simulator's drift is the level of chance. Also returns the walks for
+    `judge`.
     """
-    count = round(STREAM_SECONDS * engine.fps / FRAMES)
-    ours, true, sheet, right, total = [], [], [], 0, 0
-    walking: list[Walked] = []
+    count = minute_frames(engine)
+    minutes: list[Minute] = []
     for index in range(walks):
-        rng = random.Random(200 + index)
-        scene, actions = rng.choice(scenes()), random_walk(rng, count)[: count - 1]
-        pictures = last_pictures(engine, scene, actions, index, SEEN)
-        ends = pictures[:, -1]
-        for frame in range(1, count):
-            right += hero_is(scene, actions[frame - 1], facing_after(actions[:frame]), ends[frame])
-        total += count - 1
-        truth = simulate(scene, rng.randrange(1 << 19), actions).ends
-        ours.append(tenth_statistics(ends))
-        true.append(tenth_statistics(truth))
-        sheet.append(ends[:: count // 10][:10])
-        walking.append((scene, actions, pictures, truth))
-        log(f"one minute {index + 1}/{walks}: hero right in {right / total:.1%}")
-    moved, chance = drift(np.mean(ours, 0)), drift(np.mean(true, 0))
-    figures = {"hero_right": right / total, "drift": moved, "drift_60s": max(moved.values()), "simulator_drift": chance}
-    return figures, np.stack(sheet[:8]), walking
+        minutes.append(progress.once(f"one minute {index}", minute, engine, index))
+        right = sum(walk["hero_right"] for walk in minutes) / len(minutes) / (count - 1)
+        progress.say(f"one minute {index + 1}/{walks}: hero right in {right:.1%}")
+    ours, true = (np.array([walk[side] for walk in minutes]) for side in ("ours", "true"))
+    moved, chance = drift(ours.mean(0)), drift(true.mean(0))
+    figures = {"hero_right": right, "drift": moved, "drift_60s": max(moved.values()), "simulator_drift": chance}
+    return figures | {"drift_interval": drift_interval(ours)}, minutes
 
 
-def long_run(engine: Engine, seeds: int, minutes: float, log: Log) -> dict[str, Any]:
+def minute_frames(engine: Engine) -> int:
+    return round(STREAM_SECONDS * engine.fps / FRAMES)
+
+
+def minute(engine: Engine, index: int) -> Minute:
+    """Judge a random walk from a prompt alone."""
+    count, rng = minute_frames(engine), random.Random(200 + index)
+    scene, actions = rng.choice(scenes()), random_walk(rng, count)[: count - 1]
+    pictures = last_pictures(engine, scene, actions, index, SEEN)
+    ends, truth = pictures[:, -1], simulate(scene, rng.randrange(1 << 19), actions).ends
+    return {
+        "hero_right": sum(
+            hero_is(scene, actions[frame - 1], facing_after(actions[:frame]), ends[frame]) for frame in range(1, count)
+        ),
+        "ours": tenth_statistics(ends).tolist(),
+        "true": tenth_statistics(truth).tolist(),
+        "hero": hero_share(scene, ends[1:]),
+        "words": words_share(scene, ends[1:]),
+        "response": response(pictures, actions),
+        "things": things(ends, truth),
+    }
+
+
+def long_run(engine: Engine, seeds: int, minutes: float, progress: Progress) -> dict[str, Any]:
     """Count long streams that collapsed: in the last 8 s, contrast or sharpness is below half or above twice the
     simulator's in the same scene.
     """
-    latent_fps = engine.fps / FRAMES
-    total, eight = round(minutes * 60 * latent_fps), round(8 * latent_fps)
     collapsed = []
     for seed in range(seeds):
-        rng = random.Random(100 + seed)
-        scene, actions = rng.choice(scenes()), random_walk(rng, total)
-        truth = signals(simulate(scene, rng.randrange(1 << 19), actions[: 8 * eight]).ends)
-        with engine.open(prompt=scene.prompt, seed=seed, actions=actions) as session:
-            for _ in session.stream(total - eight, decode=False):
-                pass
-            session.current.decoder.clear()  # the frames before were not decoded
-            last = np.stack([block.frames[-1] for block in session.stream(eight) if block.frames is not None])
-        ratio = signals(last)[[1, 3]] / truth[[1, 3]]
-        if (ratio < 0.5).any() or (ratio > 2).any():
+        ratio = progress.once(f"long run of {minutes:g} minutes {seed}", end_of_long_run, engine, seed, minutes)
+        if min(ratio) < 0.5 or max(ratio) > 2:
             collapsed.append(seed)
-        log(f"long run {seed + 1}/{seeds}: contrast and sharpness at the end {ratio[0]:.2f} and {ratio[1]:.2f}")
+        contrast, sharpness = ratio
+        progress.say(f"long run {seed + 1}/{seeds}: contrast and sharpness at the end {contrast:.2f}, {sharpness:.2f}")
     return {"collapsed": len(collapsed), "collapsed_seeds": collapsed}
 
 
+def end_of_long_run(engine: Engine, seed: int, minutes: float) -> list[float]:
+    """Contrast and sharpness of the last 8 s by the simulator's in the same scene."""
+    latent_fps = engine.fps / FRAMES
+    total, eight = round(minutes * 60 * latent_fps), round(8 * latent_fps)
+    rng = random.Random(100 + seed)
+    scene, actions = rng.choice(scenes()), random_walk(rng, total)
+    truth = signals(simulate(scene, rng.randrange(1 << 19), actions[: 8 * eight]).ends)
+    with engine.open(prompt=scene.prompt, seed=seed, actions=actions) as session:
+        for _ in session.stream(total - eight, decode=False):
+            pass
+        session.current.decoder.clear()  # the frames before were not decoded
+        last = np.stack([block.frames[-1] for block in session.stream(eight) if block.frames is not None])
+    ratio: list[float] = (signals(last)[[1, 3]] / truth[[1, 3]]).tolist()
+    return ratio
+
+
 def evaluate(
-    engine: Engine, walks: int, seeds: int, minutes: float, log: Log = lambda message: None
-) -> tuple[dict[str, Any], Picture]:
-    """Measure every figure of `BARS`; return figures with `passed`, and pictures of streams, [streams, 10, H, W, 3]."""
-    minute, sheet, walking = one_minute(engine, walks, log)
-    figures: dict[str, Any] = {
-        "actions_right": actions_right(engine, walks, log),
-        "reconstruction_db": reconstruction(engine, walks, log),
-        "first_2s_db": first_two_seconds(engine, walks, log),
-        "landmark_return": landmark_return(engine, walks, log),
-        **minute,
-        **judge(engine, walks, seeds, walking, log),
-        **long_run(engine, seeds, minutes, log),
+    engine: Engine, walks: int, seeds: int, minutes: float, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Measure every figure of `BARS`; return figures with `passed` and, for most, `intervals` over walks."""
+    progress = progress or Progress()
+    minute_figures, walking = one_minute(engine, walks, progress)
+    measured = {
+        "actions_right": actions_right(engine, walks, progress),
+        "reconstruction_db": reconstruction(engine, walks, progress),
+        "first_2s_db": first_two_seconds(engine, walks, progress),
+        "landmark_return": landmark_return(engine, walks, progress),
+    }
+    intervals = {name: asdict(interval) for name, interval in measured.items()}
+    intervals["drift_60s"] = asdict(minute_figures.pop("drift_interval"))
+    judged = judge(engine, walks, seeds, walking, progress)
+    figures = {
+        **{name: interval.mean for name, interval in measured.items()},
+        **minute_figures,
+        **judged,
+        **long_run(engine, seeds, minutes, progress),
+        "intervals": intervals | judged["intervals"],
     }
     passed = {
         name: figures[name] >= bar if sign == ">=" else figures[name] <= bar for name, (sign, bar) in BARS.items()
     }
-    return figures | {"passed": passed}, sheet
+    return figures | {"passed": passed}

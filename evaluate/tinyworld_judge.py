@@ -11,7 +11,7 @@ import copy
 import random
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from ..models.tinyworld.world import ACTIONS, FRAMES, MOVES, STEP, Scene, World,
 from ..runtime.engine import Engine
 from .bootstrap import Interval, bootstrap_mean, bootstrap_ratio
 from .tinyworld_classifiers import accuracy, classifiers
-from .tinyworld_walks import HERO, PREFIX, Log, Picture, Walk, generate, last_pictures, simulate, smooth
+from .tinyworld_walks import HERO, PREFIX, Picture, Progress, Walk, generate, last_pictures, simulate, smooth
 
 RESTS = {"rest_10s_changed": 20, "rest_60s_changed": 120}  # latent frames without a key until the land is compared
 LONG_REST = 480  # of rest_240s_changed
@@ -36,8 +36,23 @@ MOVES_BY_ITSELF = 4  # levels that a pixel of the simulator changes at rest wher
 TURN = 24  # latent frames of one round of the butterflies
 
 Mask = NDArray[np.bool_]
-# Scene, actions, a model's pictures [n, SEEN, SIZE, SIZE, 3] and the simulator's [n, SIZE, SIZE, 3] of a walk.
-Walked = tuple[Scene, Sequence[str], Picture, Picture]
+Counts = tuple[list[int], list[int]]  # landmarks in each picture of a stream, a model's and the simulator's
+
+
+class Walked(TypedDict):
+    """A random walk as judged: shares of frames, and `things`."""
+
+    hero: float
+    words: float
+    response: float
+    things: Counts
+
+
+class Rested(TypedDict):
+    """A rest as judged: share of the land that has changed by the rest's length, and of frames with the hero."""
+
+    changed: dict[str, float]
+    hero: float
 
 
 def still_land(world: World) -> Mask:
@@ -58,41 +73,44 @@ def land_changed(picture: Picture, truth: Picture, still: Mask) -> float:
     return float((np.max(means, axis=0) > CHANGED)[still].mean())
 
 
-def resting(engine: Engine, walks: int, log: Log) -> tuple[dict[str, Interval], list[float]]:
-    """Share of the land that has changed after rests, and the share of each rest's frames with the prompted hero.
-
-    A rest continues `PREFIX` latent frames of the simulator, in which nothing but butterflies moves.
-    """
-    changed: dict[str, list[float]] = {name: [] for name in RESTS}
-    heroes, longest = [], max(RESTS.values())
+def resting(engine: Engine, walks: int, progress: Progress) -> tuple[dict[str, Interval], list[float]]:
+    """Share of the land that has changed after rests, and the share of each rest's frames with the prompted hero."""
+    rests = []
     for index in range(walks):
-        rng = random.Random(300 + index)
-        walk = simulate(
-            rng.choice(scenes()), rng.randrange(1 << 19), ["stay"] * (PREFIX - 1 + longest),
-            random_walk(rng, rng.randint(0, 40)),
-        )  # fmt: skip
-        ends = generate(engine, walk, PREFIX, index)[FRAMES - 1 :: FRAMES]
-        still = still_land(walk.world)
-        for name, rest in RESTS.items():
-            changed[name].append(land_changed(ends[rest - 1], walk.ends[0], still))
-        heroes.append(hero_share(walk.scene, ends))
-        log(f"rest {index + 1}/{walks}: land changed {changed[name][-1]:.1%}, hero {heroes[-1]:.1%}")
-    return {name: bootstrap_mean(values) for name, values in changed.items()}, heroes
+        rest = progress.once(f"rest {index}", rest_from_start, engine, index)
+        rests.append(rest)
+        changed = ", ".join(f"{share:.1%}" for share in rest["changed"].values())
+        progress.say(f"rest {index + 1}/{walks}: land changed {changed}, hero {rest['hero']:.1%}")
+    changes = {name: bootstrap_mean([rest["changed"][name] for rest in rests]) for name in RESTS}
+    return changes, [rest["hero"] for rest in rests]
 
 
-def long_resting(engine: Engine, seeds: int, log: Log) -> Interval:
+def rest_from_start(engine: Engine, index: int) -> Rested:
+    """Judge a rest that continues `PREFIX` latent frames of the simulator, in which nothing but butterflies moves."""
+    rng = random.Random(300 + index)
+    walk = simulate(
+        rng.choice(scenes()), rng.randrange(1 << 19), ["stay"] * (PREFIX - 1 + max(RESTS.values())),
+        random_walk(rng, rng.randint(0, 40)),
+    )  # fmt: skip
+    ends = generate(engine, walk, PREFIX, index)[FRAMES - 1 :: FRAMES]
+    still = still_land(walk.world)
+    changed = {name: land_changed(ends[rest - 1], walk.ends[0], still) for name, rest in RESTS.items()}
+    return {"changed": changed, "hero": hero_share(walk.scene, ends)}
+
+
+def long_resting(engine: Engine, seeds: int, progress: Progress) -> Interval:
     """Share of the land that has changed after `LONG_REST` latent frames without a key."""
     changed = []
     for seed in range(seeds):
         rng = random.Random(400 + seed)
         before = random_walk(rng, rng.randint(0, 40))
         walk = simulate(rng.choice(scenes()), rng.randrange(1 << 19), ["stay"] * (PREFIX - 1), before)
-        changed.append(changed_by_rest(engine, walk, LONG_REST, seed))
-        log(f"long rest {seed + 1}/{seeds}: land changed {changed[-1]:.1%}")
+        changed.append(progress.once(f"long rest {seed}", changed_by_rest, engine, walk, LONG_REST, seed))
+        progress.say(f"long rest {seed + 1}/{seeds}: land changed {changed[-1]:.1%}")
     return bootstrap_mean(changed)
 
 
-def resting_away(engine: Engine, walks: int, log: Log) -> Interval:
+def resting_away(engine: Engine, walks: int, progress: Progress) -> Interval:
     """Share of the land that has changed after a rest of 60 s, far from the land of the stream's first frame.
 
     The other rests begin a stream, whose first frame a model may see for ever, and so need no memory of their own.
@@ -102,8 +120,9 @@ def resting_away(engine: Engine, walks: int, log: Log) -> Interval:
         rng = random.Random(700 + index)
         scene, seed = rng.choice(scenes()), rng.randrange(1 << 19)
         lead = straight(rng, AWAY, World(HELD_OUT + seed, scene)) + ["stay"] * (PREFIX - 1)
-        changed.append(changed_by_rest(engine, simulate(scene, seed, lead), max(RESTS.values()), index))
-        log(f"rest after a walk {index + 1}/{walks}: land changed {changed[-1]:.1%}")
+        walk, rest = simulate(scene, seed, lead), max(RESTS.values())
+        changed.append(progress.once(f"rest after a walk {index}", changed_by_rest, engine, walk, rest, index))
+        progress.say(f"rest after a walk {index + 1}/{walks}: land changed {changed[-1]:.1%}")
     return bootstrap_mean(changed)
 
 
@@ -123,15 +142,19 @@ def rested(engine: Engine, walk: Walk, rest: int, seed: int) -> Picture:
         return [block.frames[-1] for block in session.stream(2) if block.frames is not None][-1]
 
 
-def circling(engine: Engine, walks: int, log: Log) -> Interval:
+def circling(engine: Engine, walks: int, progress: Progress) -> Interval:
     """Share of the land that differs from the simulator's where a circle of 60 s ends, as it began."""
     changed = []
     for index in range(walks):
-        walk = circle(random.Random(500 + index), CIRCLES)
-        last = generate(engine, walk, 1 + 4 * CIRCLE_STEPS, index)[-1]
-        changed.append(land_changed(last, walk.ends[-1], still_land(walk.world)))
-        log(f"circle {index + 1}/{walks}: land changed {changed[-1]:.1%}")
+        changed.append(progress.once(f"circle {index}", changed_by_circle, engine, index))
+        progress.say(f"circle {index + 1}/{walks}: land changed {changed[-1]:.1%}")
     return bootstrap_mean(changed)
+
+
+def changed_by_circle(engine: Engine, index: int) -> float:
+    walk = circle(random.Random(500 + index), CIRCLES)
+    last = generate(engine, walk, 1 + 4 * CIRCLE_STEPS, index)[-1]
+    return land_changed(last, walk.ends[-1], still_land(walk.world))
 
 
 def circle(rng: random.Random, rounds: int) -> Walk:
@@ -145,18 +168,23 @@ def circle(rng: random.Random, rounds: int) -> Walk:
             return simulate(scene, seed, sides * rounds, before)
 
 
-def straight_walks(engine: Engine, walks: int, log: Log) -> tuple[list[float], list[tuple[Picture, Picture]]]:
-    """Streams of 60 s straight on, from a prompt alone: share of frames with the hero, and (pictures, simulator's)."""
-    heroes, pairs = [], []
+def straight_walks(engine: Engine, walks: int, progress: Progress) -> tuple[list[float], list[Counts]]:
+    """Streams of 60 s straight on, from a prompt alone: shares of frames with the hero, and `things`."""
+    heroes, landmarks = [], []
     for index in range(walks):
-        rng = random.Random(600 + index)
-        scene, seed = rng.choice(scenes()), rng.randrange(1 << 19)
-        actions = straight(rng, STRAIGHT - 1, World(HELD_OUT + seed, scene))
-        ends = last_pictures(engine, scene, actions, index, 1)[:, -1]
-        heroes.append(hero_share(scene, ends[1:]))
-        pairs.append((ends, simulate(scene, seed, actions).ends))
-        log(f"straight {index + 1}/{walks}: hero {heroes[-1]:.1%}")
-    return heroes, pairs
+        hero, counts = progress.once(f"straight {index}", straight_walk, engine, index)
+        heroes.append(hero)
+        landmarks.append(counts)
+        progress.say(f"straight {index + 1}/{walks}: hero {hero:.1%}")
+    return heroes, landmarks
+
+
+def straight_walk(engine: Engine, index: int) -> tuple[float, Counts]:
+    rng = random.Random(600 + index)
+    scene, seed = rng.choice(scenes()), rng.randrange(1 << 19)
+    actions = straight(rng, STRAIGHT - 1, World(HELD_OUT + seed, scene))
+    ends = last_pictures(engine, scene, actions, index, 1)[:, -1]
+    return hero_share(scene, ends[1:]), things(ends, simulate(scene, seed, actions).ends)
 
 
 def hero_share(scene: Scene, pictures: Picture) -> float:
@@ -172,42 +200,44 @@ def words_share(scene: Scene, pictures: Picture) -> float:
                           for kind in kinds]))  # fmt: skip
 
 
-def coverage(pairs: Sequence[tuple[Picture, Picture]]) -> Interval:
+def things(ours: Picture, true: Picture) -> Counts:
+    """Numbers of landmarks in each of a model's pictures, and in each of the simulator's."""
+    return classifiers().things(ours).tolist(), classifiers().things(true).tolist()
+
+
+def coverage(counts: Sequence[Counts]) -> Interval:
     """Share of frames with at least the simulator's median number of landmarks, as a share of the simulator's own.
 
-    pairs: for each stream its pictures and the simulator's in the same scene and with the same actions.
+    counts: `things` of each stream and of the simulator in the same scene and with the same actions.
     """
-    counts = [(classifiers().things(ours), classifiers().things(true)) for ours, true in pairs]
     level = max(1.0, float(np.median(np.concatenate([true for _, true in counts]))))
-    ours, true = ([float((part >= level).mean()) for part in side] for side in zip(*counts, strict=True))
+    ours, true = ([float((np.array(part) >= level).mean()) for part in side] for side in zip(*counts, strict=True))
     return bootstrap_ratio(ours, true)
 
 
-def judge(engine: Engine, walks: int, seeds: int, walking: Sequence[Walked], log: Log) -> dict[str, Any]:
+def judge(engine: Engine, walks: int, seeds: int, walking: Sequence[Walked], progress: Progress) -> dict[str, Any]:
     """Measure all figures of this file.
 
     walking: random walks of 60 s. `hero_identity` is the least of its shares at rest, walking and straight on;
     `intervals` has the bounds of each figure over walks.
     """
-    rests, rest_heroes = resting(engine, walks, log)
-    straight_heroes, straight_pairs = straight_walks(engine, walks, log)
+    rests, rest_heroes = resting(engine, walks, progress)
+    straight_heroes, straight_things = straight_walks(engine, walks, progress)
     heroes = {
         "rest": bootstrap_mean(rest_heroes),
-        "walking": bootstrap_mean([hero_share(scene, ours[1:, -1]) for scene, _, ours, _ in walking]),
+        "walking": bootstrap_mean([walk["hero"] for walk in walking]),
         "straight": bootstrap_mean(straight_heroes),
     }
-    words = bootstrap_mean([words_share(scene, ours[1:, -1]) for scene, _, ours, _ in walking])
-    responded = bootstrap_mean([response(ours, actions) for _, actions, ours, _ in walking])
     figures = {
         **rests,
-        "rest_240s_changed": long_resting(engine, seeds, log),
-        "rest_away_60s_changed": resting_away(engine, walks, log),
-        "circle_changed": circling(engine, walks, log),
-        "land_coverage": coverage([(ours[:, -1], true) for _, _, ours, true in walking]),
-        "straight_coverage": coverage(straight_pairs),
+        "rest_240s_changed": long_resting(engine, seeds, progress),
+        "rest_away_60s_changed": resting_away(engine, walks, progress),
+        "circle_changed": circling(engine, walks, progress),
+        "land_coverage": coverage([walk["things"] for walk in walking]),
+        "straight_coverage": coverage(straight_things),
         **{f"hero_identity_{kind}": interval for kind, interval in heroes.items()},
-        "words_right": words,
-        "action_response": responded,
+        "words_right": bootstrap_mean([walk["words"] for walk in walking]),
+        "action_response": bootstrap_mean([walk["response"] for walk in walking]),
     }
     return {
         **{name: interval.mean for name, interval in figures.items()},

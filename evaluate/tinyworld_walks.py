@@ -2,22 +2,63 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import UsageError, quoted
+from ..models.files import read_json
 from ..models.tinyworld.data import HELD_OUT, random_walk
 from ..models.tinyworld.world import FRAMES, SIZE, Scene, World, scenes
 from ..runtime.engine import Engine
+from ..runtime.files import write_atomically
 
 Picture = NDArray[np.uint8]
-Log = Callable[[str], None]
+Given = ParamSpec("Given")
+Plain = TypeVar("Plain")  # what JSON can hold
 
 PREFIX = 6  # latent frames of the simulator that a walk continues
 HERO = slice(SIZE // 2 - 11, SIZE // 2 + 8)  # rows and columns of the middle that the hero covers
+
+
+class Progress:
+    """Measurements of walks by name, kept in a file, so that a stopped evaluation loses at most one of them.
+
+    say: takes a line about each walk. about: what the measurements depend on, plain values.
+    """
+
+    def __init__(
+        self, say: Callable[[str], None] = lambda line: None, file: Path | None = None, about: Mapping[str, Any] = {}
+    ) -> None:
+        self.say, self.file = say, file
+        self.about = json.loads(json.dumps(about))
+        self.measured: dict[str, Any] = {}
+        saved = None if file is None else read_json(file)
+        if saved is not None:
+            if saved.get("about") != self.about:
+                raise UsageError(
+                    f"{quoted(str(file))} is of an evaluation of other weights or settings that was stopped; expected "
+                    f"{quoted(self.about)}; choose another folder or remove it"
+                )
+            self.measured = saved["measured"]
+
+    def once(
+        self, name: str, measure: Callable[Given, Plain], *arguments: Given.args, **options: Given.kwargs
+    ) -> Plain:
+        """What `measure` returns, or returned before the evaluation was stopped."""
+        if name not in self.measured:
+            self.measured[name] = measure(*arguments, **options)
+            if self.file is not None:
+                text = json.dumps({"about": self.about, "measured": self.measured})
+                write_atomically(self.file, lambda part: part.write_text(text, "utf-8"))
+        value: Plain = self.measured[name]
+        return value
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ ABOVE_BASE = ("kv", "config", "capacity", "telemetry", "programs", "execution", 
 FAMILIES = {"wan", "tinyworld", "magi"}  # packages of `models`
 MAY_NAME_A_FAMILY = {
     "inferix.bench.baseline",
-    *(f"inferix.evaluate.tinyworld{part}" for part in ("", "_classifiers", "_judge", "_walks")),
+    *(f"inferix.evaluate.tinyworld{part}" for part in ("", "_classifiers", "_judge", "_sheets", "_walks")),
 }
 RUNTIME = dict.fromkeys(BASE, 0) | {name: height for height, name in enumerate(ABOVE_BASE, start=1)}
 

@@ -97,7 +97,8 @@ class Recipe:
     rate: float = 1.5e-3
     own_rate: float = 1.1e-3
     hold_steps: int = 1200  # steps of the third stage, with streams of its own as the past
-    hold_rate: float = 3e-4
+    hold_actions: tuple[str, ...] = ("stay",)  # whose embeddings it trains, and nothing else
+    hold_rate: float = 3e-3
     hold_streams: int = 12
     hold_batch: int = 2  # streams in a batch
     hold_walks: float = 0.3  # of the streams, that walk on; the others rest or walk in loops
@@ -547,8 +548,8 @@ def train_hold(folder: Path, world: TinyWorld, bank: Bank, vae: CausalVae, recip
         lambda pictures: (encode_pictures(vae, pictures) - mean) / std,
         recipe.hold_streams, recipe.crop, recipe.window, recipe.hold_walks, recipe.hold_loops,
     )  # fmt: skip
-    # Muon computes in bfloat16, which takes most of a step on a CPU without such instructions.
-    optimiser = torch.optim.AdamW(world.parameters(), recipe.hold_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    weight = only_actions(world, recipe.hold_actions)
+    optimiser = torch.optim.Adam([weight], recipe.hold_rate, betas=(0.9, 0.95))
     run = Run(folder / "hold", world, [optimiser], recipe.hold_steps, recipe.save_every, streams, warm_up=20)
     beside = replace(recipe, batch=recipe.hold_clips, firsts=recipe.hold_firsts)
 
@@ -563,6 +564,16 @@ def train_hold(folder: Path, world: TinyWorld, bank: Bank, vae: CausalVae, recip
     if run.step < run.steps:
         run.go(loss, lambda: world_sheet(run.average, vae, bank, recipe, folder / "hold.png"))
     return run.average
+
+
+def only_actions(world: TinyWorld, actions: Sequence[str]) -> nn.Parameter:
+    """Restrict training to the embeddings of some actions, so that the others act as before; return their weight."""
+    for parameter in world.parameters():
+        parameter.requires_grad_(False)
+    weight = world.transformer.action_embedding.linear_1.weight.requires_grad_(True)
+    trained = torch.tensor([float(action in actions) for action in ACTIONS])
+    weight.register_hook(partial(torch.mul, trained))
+    return weight
 
 
 def hold_loss(world: TinyWorld, streams: Streams, recipe: Recipe) -> tuple[Tensor, float]:

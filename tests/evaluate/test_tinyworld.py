@@ -1,5 +1,6 @@
 """Evaluation of the small world: the simulator passes every bar, and faulty pictures fail."""
 
+import json
 import random
 from dataclasses import replace
 
@@ -8,12 +9,13 @@ import pytest
 from oracles import write_untrained_world
 
 import inferix
+from inferix.errors import UsageError
 from inferix.evaluate import tinyworld as evaluation
 from inferix.evaluate import tinyworld_judge as judge
+from inferix.evaluate import tinyworld_sheets
 from inferix.evaluate.tinyworld import random_walks, shift_between, signals
+from inferix.evaluate.tinyworld_walks import Progress
 from inferix.models.tinyworld.world import FRAMES, STEP, scenes
-
-QUIET = lambda message: None  # noqa: E731
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +45,15 @@ def test_the_camera_move_is_read_from_pictures():
 
 def test_the_simulator_itself_reaches_every_bar(engine, monkeypatch):
     monkeypatch.setattr(evaluation, "generate", true_pictures)
-    assert evaluation.actions_right(engine, 4, QUIET) >= 0.95
-    assert evaluation.first_two_seconds(engine, 2, QUIET) > 60
-    assert evaluation.landmark_return(engine, 4, QUIET) == 1.0
+    assert evaluation.actions_right(engine, 4, Progress()).mean >= 0.95
+    assert evaluation.first_two_seconds(engine, 2, Progress()).mean > 60
+    assert evaluation.landmark_return(engine, 4, Progress()).mean == 1.0
 
 
 def test_a_frozen_picture_reaches_none(engine, monkeypatch):
     monkeypatch.setattr(evaluation, "generate", frozen_pictures)
-    assert evaluation.actions_right(engine, 6, QUIET) < 0.7
-    assert evaluation.first_two_seconds(engine, 6, QUIET) < 22
+    assert evaluation.actions_right(engine, 6, Progress()).mean < 0.7
+    assert evaluation.first_two_seconds(engine, 6, Progress()).mean < 22
 
 
 def test_landmarks_that_are_gone_are_missed(engine, monkeypatch):
@@ -63,7 +65,7 @@ def test_landmarks_that_are_gone_are_missed(engine, monkeypatch):
         return pictures
 
     monkeypatch.setattr(evaluation, "generate", emptied)
-    assert evaluation.landmark_return(engine, 4, QUIET) <= 0.3
+    assert evaluation.landmark_return(engine, 4, Progress()).mean <= 0.3
 
 
 def test_signals_differ_for_dark_grey_and_flat_pictures():
@@ -110,19 +112,27 @@ def test_the_mask_of_land_seen_before():
     assert not seen[:, 48:].any()
 
 
-def test_every_bar_is_judged_for_a_model(engine, monkeypatch):
+def test_every_bar_is_judged_for_a_model_and_from_the_file_of_a_stopped_run(engine, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "STREAM_SECONDS", 5)
     monkeypatch.setattr(judge, "RESTS", {"rest_10s_changed": 1, "rest_60s_changed": 3})
     for name, value in (("LONG_REST", 4), ("CIRCLES", 2), ("STRAIGHT", 4)):
         monkeypatch.setattr(judge, name, value)
-    figures, sheet = evaluation.evaluate(engine, walks=1, seeds=1, minutes=0.15)
+    file = tmp_path / "walks.json"
+    figures = evaluation.evaluate(engine, 1, 1, 0.15, Progress(file=file))
     assert set(figures["passed"]) == set(evaluation.BARS)
     assert set(figures["drift"]) == set(figures["simulator_drift"]) == {*evaluation.SIGNALS, "frozen feature"}
-    assert sheet.shape == (1, 10, 64, 64, 3)
     assert figures["hero_right"] < 0.5 and figures["hero_identity"] < 0.5
     assert figures["rest_60s_changed"] > 0.5 and figures["intervals"]["rest_60s_changed"]["videos"] == 1
     assert not figures["passed"]["reconstruction_db"]  # nothing was trained
     assert not figures["passed"]["first_2s_db"]
+    assert set(figures["intervals"]) >= set(evaluation.BARS) - {"hero_identity", "collapsed"}
+
+    stopped = json.loads(file.read_text("utf-8"))
+    del stopped["measured"]["actions 0"]
+    file.write_text(json.dumps(stopped), "utf-8")
+    progress = Progress(file=file)
+    assert set(progress.measured) == set(stopped["measured"])
+    assert evaluation.evaluate(engine, 1, 1, 0.15, progress) == figures
 
 
 def test_a_seed_reaches_the_network(engine):
@@ -142,3 +152,27 @@ def test_window_and_sink_hold_over_a_long_walk(engine):
             cached = session.current.branches[0].cache.frames
             assert len(cached) == min(block.index + 1, policy.local_attn_size)
             assert (cached[0], cached[-1]) == (0, block.index)
+
+
+def test_measurements_of_other_weights_are_refused(tmp_path):
+    file = tmp_path / "walks.json"
+    kept = Progress(file=file, about={"model": "one", "size": (1, 2)})
+    assert kept.once("a walk", pow, 2, 3) == 8
+    assert Progress(file=file, about={"model": "one", "size": (1, 2)}).once("a walk", pow, 2, 5) == 8
+    with pytest.raises(UsageError):
+        Progress(file=file, about={"model": "other", "size": (1, 2)})
+
+
+def test_contact_sheets_have_a_row_for_each_prompt_and_return_to_one_place(engine, monkeypatch):
+    monkeypatch.setattr(tinyworld_sheets, "EVERY", 1)
+    monkeypatch.setattr(tinyworld_sheets, "PREFIX", 1)
+    drawn = tinyworld_sheets.sheets(engine, seconds=1, farthest=1)
+    assert tuple(drawn) == tinyworld_sheets.NAMES
+    for rows in drawn.values():
+        assert [len(row) for row in rows] == [2] * 4
+        assert all(tile.picture.shape == (64, 64, 3) and tile.picture.max() > 0 for row in rows for tile in row)
+    assert [row[1].label for row in drawn["rest"]] == ["1 s, stay"] * 4
+    monkeypatch.undo()
+    walk = tinyworld_sheets.way_and_back(random.Random(1), tinyworld_sheets.SCENES[0], 3)
+    assert [walk.places[frame] == walk.places[0] for frame in (5, 6, 7, 11, 17)] == [True, False, True, True, True]
+    assert len(walk.actions) == 17

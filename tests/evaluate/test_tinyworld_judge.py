@@ -20,13 +20,12 @@ from inferix.evaluate.tinyworld_classifiers import (
     action_scorer,
     classifiers,
 )
-from inferix.evaluate.tinyworld_walks import PREFIX, random_walks, simulate
+from inferix.evaluate.tinyworld_walks import PREFIX, Progress, random_walks, simulate
 from inferix.evaluate.video_drift import drift
 from inferix.models.files import read_tensors
 from inferix.models.tinyworld.data import random_walk
 from inferix.models.tinyworld.world import FRAMES, SIZE, STEP, Scene, World
 
-QUIET = lambda message: None  # noqa: E731
 SCENE = Scene("red", "robot", "green meadow", "by day")
 
 
@@ -114,7 +113,7 @@ def test_a_rest_that_dissolves_fails_and_the_simulators_does_not(short, monkeypa
         return dissolved(pictures) if fails else pictures
 
     monkeypatch.setattr(judge, "generate", generated)
-    figures, heroes = judge.resting(None, 4, QUIET)
+    figures, heroes = judge.resting(None, 4, Progress())
     assert (figures["rest_60s_changed"].mean > 0.05) == fails
     assert (np.mean(heroes) < 0.98) == fails
 
@@ -128,8 +127,8 @@ def test_a_rest_after_a_walk_is_far_from_the_first_frame(monkeypatch, fails):
         return dissolved(walk.ends[-1:])[0] if fails else walk.ends[-1]
 
     monkeypatch.setattr(judge, "rested", generated)
-    assert (judge.long_resting(None, 2, QUIET).mean > 0.05) == fails
-    assert (judge.resting_away(None, 3, QUIET).mean > 0.05) == fails
+    assert (judge.long_resting(None, 2, Progress()).mean > 0.05) == fails
+    assert (judge.resting_away(None, 3, Progress()).mean > 0.05) == fails
     assert [rest for _, rest in walks] == [480] * 2 + [120] * 3
     for walk, _ in walks:
         assert set(walk.actions[1 - PREFIX :]) == {"stay"}
@@ -152,8 +151,8 @@ def test_bare_land_has_no_coverage():
     walks = list(random_walks(6, 20, seed=5))
     bare = np.stack([training.draw_picture(random.Random(1), SCENE, 1, None)[0]])
     bare = np.full_like(bare, bare.mean((1, 2), keepdims=True).astype(np.uint8)).repeat(21, 0)
-    assert judge.coverage([(walk.ends, walk.ends) for walk in walks]).mean == 1
-    assert judge.coverage([(bare, walk.ends) for walk in walks]).mean < 0.3
+    assert judge.coverage([judge.things(walk.ends, walk.ends) for walk in walks]).mean == 1
+    assert judge.coverage([judge.things(bare, walk.ends) for walk in walks]).mean < 0.3
 
 
 def test_circles_return_and_straight_walks_go_far():

@@ -138,6 +138,22 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     assert train.weights_hash(part.average) != train.weights_hash(part.model)
 
 
+def test_the_stage_in_streams_trains_only_the_actions_it_names():
+    world = random_world(3)
+    before = world.transformer.action_embedding.linear_1.weight.detach().clone()
+    weight = train.only_actions(world, ("stay",))
+    adam = torch.optim.Adam([weight], 0.1)
+    frames = torch.randn(2, 3, SPEC.in_channels, 8, 8)
+    actions = torch.eye(len(ACTIONS))[torch.tensor([[0, 1, 0], [0, 2, 3]])]
+    words = torch.zeros(2, SPEC.text_len, dtype=torch.long)
+    world(frames, frames, torch.ones(2, 3), actions, words).square().mean().backward()
+    adam.step()
+    assert (weight != before).any(0).tolist() == [action == "stay" for action in ACTIONS]
+    assert [name for name, part in world.named_parameters() if part.requires_grad] == [
+        "transformer.action_embedding.linear_1.weight"
+    ]
+
+
 def test_a_walk_from_the_simulator_is_encoded_with_its_places():
     rng = random.Random(2)
     walk = random_walk(rng, 6)
