@@ -570,7 +570,8 @@ def only_actions(world: TinyWorld, actions: Sequence[str]) -> nn.Parameter:
     """Restrict training to the embeddings of some actions, so that the others act as before; return their weight."""
     for parameter in world.parameters():
         parameter.requires_grad_(False)
-    weight = world.transformer.action_embedding.linear_1.weight.requires_grad_(True)
+    weight: nn.Parameter = world.transformer.action_embedding.linear_1.weight
+    weight.requires_grad_(True)
     trained = torch.tensor([float(action in actions) for action in ACTIONS])
     weight.register_hook(partial(torch.mul, trained))
     return weight
