@@ -468,7 +468,7 @@ def test_metrics_name_what_happened(served):
     for line in (
         'inferix_control_to_pixel_seconds_count{verb="act"}', 'inferix_refusals_total{code="invalid",limit=""}',
         "inferix_engine_blocks_total", "inferix_engine_pages_in_use", "inferix_engine_denoise_seconds_bucket",
-        'inferix_media_bytes_total{media="jpeg"}', "inferix_live_sessions 0.0",
+        'inferix_media_bytes_total{media="jpeg"}', "inferix_live_sessions 0.0", "inferix_real_time_load 0.0",
     ):  # fmt: skip
         assert line in text
     assert httpx.get(f"{served.url}/health").json() == {"status": "ok", "sessions": 0, "places": 3}
