@@ -224,6 +224,8 @@ def test_what_such_an_engine_refuses(tmp_path: Path) -> None:
         moving = make_preset("tinyworld", prompt_switch="cut", commit_in_next=True)
         with pytest.raises(UsageError, match="sink at several distances"):
             check_target(TARGETS[target], moving, "float32", False)
+        with pytest.raises(UsageError, match="int8 in passes of groups"):
+            check_target(TARGETS[target], model.preset, "float32", False, kv_dtype="int8")
     with pytest.raises(UsageError, match="guidance by past"):
         check_target(TARGETS["tensorrt"], model.preset, "float32", False)
     folder = write(model, tmp_path / "engine", prompts=rows)
