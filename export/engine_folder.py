@@ -143,12 +143,13 @@ def describe_programs(
     most, block = window(preset), preset.num_frame_per_block
     frames = block if preset.block_size(0) == block and preset.window_blocks == 1 else None
     sampler = Sampler(preset.sampler)
-    limits = {FRAMES: (1, preset.window_blocks * block, most), PAST: (0, most - block, most),
-              TEXTS: (1, 1, preset.window_blocks + 1)}  # fmt: skip
+    limits = {FRAMES: (1, preset.window_blocks * block, most), PAST: (0, most - block, most)}
     grouped, tile = takes_groups(preset), engine.parts.vae.spec.tile_frames
     if block % tile or preset.block_size(0) % tile:
         sizes = f"num_frame_per_block is {block} and independent_first_frame {preset.independent_first_frame}"
         raise UsageError(f"{sizes}, but the decoder takes {tile} latent frames at once; expected whole blocks of them")
+    if grouped:
+        limits[TEXTS] = 1, 1, preset.window_blocks + 1
     programs = pass_programs(engine.parts.transformer, size, sampler, frames, unroll, limits, kv_dtype, grouped)
     latent = spec.latent_size(size)
     plain, memory = engine.parts.transformers[0], engine.parts.transformers[-1]

@@ -285,6 +285,8 @@ def pass_programs(
     parts = text_parts(model.embed_text(rows))
     own_text = {name: part for name, part in parts.items() if name in ("text_mask", "text_vector")}
     grouped, conditioned = grouped or bool(own_text), sampler.spec.condition(0) is not None
+    if grouped:
+        limits = {TEXTS: (1, 1, 1), **limits}
     if unroll and (grouped or conditioned):
         raise UsageError(f"unroll is True, but the steps of model {spec.name} take more than their noise; leave it out")
     height, width = spec.latent_size(size)

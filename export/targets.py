@@ -41,6 +41,7 @@ FEATURES = {  # what a preset or a command may ask of an engine
     "float16": "--dtype float16",
     "bfloat16": "--dtype bfloat16",
     "keys and values in int8": "--kv-dtype int8: a scale for each frame and head; not in inferix-runner",
+    "int8 in passes of groups": "--kv-dtype int8 with passes whose frames see other frames, or follow other texts",
     "keys and values in fp8": "--kv-dtype fp8",
 }
 KV_DTYPES = ("float32", "int8", "fp8")
@@ -81,7 +82,7 @@ PLAIN = frozenset(FEATURES) - {
     "several prompts in a pass", "recomputed context", "commit in the next pass", "averaged sink",
     "sink of a rest", "context by noise level", "two experts", "endless window", "sink at several distances",
     "guidance by past", "channels of frames", "unrolled joint steps", "pasted pictures", "float16", "bfloat16",
-    "keys and values in int8", "keys and values in fp8",
+    "keys and values in int8", "int8 in passes of groups", "keys and values in fp8",
 }  # fmt: skip
 GROUPED = PLAIN | {
     "several prompts in a pass", "commit in the next pass", "context by noise level", "guidance by past",
@@ -144,6 +145,7 @@ def needed_features(
         "pasted pictures": prefixes and context.image in ("paste", "clamp"),
         dtype: True,
         f"keys and values in {kv_dtype}": True,
+        "int8 in passes of groups": kv_dtype == "int8" and takes_groups(preset),
     }
     return [feature for feature in FEATURES if asked.get(feature)]
 

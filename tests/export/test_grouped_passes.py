@@ -150,6 +150,20 @@ def inside(engine: Engine, folder: Path, **settings: Any) -> Engine:
     return load_exported(folder, Limits(), settings, lambda path: modules[path.stem])
 
 
+def test_a_negative_prompt_stands_for_the_null_caption(tmp_path: Path) -> None:
+    engine = magi("magi-tiny")
+    rows, errors = rows_of(engine), Errors()
+    opens = with_modules(engine, write(engine, tmp_path / "engine", prompts=rows))
+    stream, without = opens(TEXTS[0], 7, negative_prompt=TEXTS[2]), opens(TEXTS[0], 7)
+    given = {"prompt_embeds": rows[TEXTS[0]], "negative_embeds": rows[TEXTS[2]]}
+    with engine.open(**given, seed=7, size=SIZE) as session:
+        for block in session.stream(2):
+            errors.add(stream.next_block(), block)
+            apart = np.abs(without.next_block().latents - block.latents.numpy()).max()
+    latents, pixels, _ = errors.facts
+    assert latents <= 1e-5 < apart and pixels <= 1
+
+
 def test_a_wrong_mask_or_text_does_not_go_unseen(tmp_path: Path) -> None:
     """The comparison fails where frames see all others, and where all follow the first text."""
     engine = magi("magi-tiny-distill")
@@ -224,6 +238,8 @@ def test_what_such_an_engine_refuses(tmp_path: Path) -> None:
         moving = make_preset("tinyworld", prompt_switch="cut", commit_in_next=True)
         with pytest.raises(UsageError, match="sink at several distances"):
             check_target(TARGETS[target], moving, "float32", False)
+        with pytest.raises(UsageError, match="int8 in passes of groups"):
+            check_target(TARGETS[target], model.preset, "float32", False, kv_dtype="int8")
     with pytest.raises(UsageError, match="guidance by past"):
         check_target(TARGETS["tensorrt"], model.preset, "float32", False)
     folder = write(model, tmp_path / "engine", prompts=rows)
