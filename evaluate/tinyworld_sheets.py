@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
 
-import numpy as np
-
 from ..models.tinyworld.data import BACK, random_walk
 from ..models.tinyworld.world import FRAMES, MOVES, STEP, Scene
 from ..runtime.engine import Engine
@@ -69,7 +67,9 @@ def way_and_back(rng: random.Random, scene: Scene, farthest: int) -> Walk:
     while True:
         away, seed = rng.choice(list(BACK)[:4]), rng.randrange(1 << 19)
         before = random_walk(rng, rng.randint(0, 40))
-        x, y = np.subtract(*simulate(scene, seed, [away] * farthest, before).places[:: -farthest]) // STEP
-        if (x, y) == tuple(farthest * part for part in MOVES[away]):
+        places = simulate(scene, seed, [away] * farthest, before).places
+        if [to - at for at, to in zip(places[0], places[-1], strict=True)] == [
+            farthest * STEP * part for part in MOVES[away]
+        ]:
             legs = [leg for steps in range(1, farthest + 1) for leg in ([away] * steps, [BACK[away]] * steps)]
             return simulate(scene, seed, [*["stay"] * (PREFIX - 1), *chain.from_iterable(legs)], before)
