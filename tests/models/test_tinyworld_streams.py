@@ -138,11 +138,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     assert train.weights_hash(part.average) != train.weights_hash(part.model)
 
 
-def test_the_stage_in_streams_trains_only_the_actions_it_names():
+def test_the_first_stage_in_streams_trains_only_the_action_it_names():
     world = random_world(3)
     before = world.transformer.action_embedding.linear_1.weight.detach().clone()
-    weight = train.only_actions(world, ("stay",))
-    adam = torch.optim.Adam([weight], 0.1)
+    adam = train.action_optimiser(world, "stay", 0.1)
+    weight = world.transformer.action_embedding.linear_1.weight
     frames = torch.randn(2, 3, SPEC.in_channels, 8, 8)
     actions = torch.eye(len(ACTIONS))[torch.tensor([[0, 1, 0], [0, 2, 3]])]
     words = torch.zeros(2, SPEC.text_len, dtype=torch.long)
