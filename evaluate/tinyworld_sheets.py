@@ -67,15 +67,9 @@ def way_and_back(rng: random.Random, scene: Scene, farthest: int) -> Walk:
     while True:
         away, seed = rng.choice(list(BACK)[:4]), rng.randrange(1 << 19)
         before = random_walk(rng, rng.randint(0, 40))
-<<<<<<< HEAD
-        end, start = simulate(scene, seed, [away] * farthest, before).places[::-farthest]
-        went = tuple((to - since) // STEP for to, since in zip(end, start, strict=True))
-        if went == tuple(farthest * part for part in MOVES[away]):
-=======
         places = simulate(scene, seed, [away] * farthest, before).places
         if [to - at for at, to in zip(places[0], places[-1], strict=True)] == [
             farthest * STEP * part for part in MOVES[away]
         ]:
->>>>>>> wld
             legs = [leg for steps in range(1, farthest + 1) for leg in ([away] * steps, [BACK[away]] * steps)]
             return simulate(scene, seed, [*["stay"] * (PREFIX - 1), *chain.from_iterable(legs)], before)
