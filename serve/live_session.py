@@ -282,7 +282,9 @@ class LiveSession:
         assert block.frames is not None
         now, fps, count = time.perf_counter(), self.hub.host.engine.fps, len(block.frames)
         slack = self.slack = self.pacer.delivered(now, requested, count / fps)
-        late = None if slack is None else slack < 0 and self.video is None  # live video is not made ahead
+        late = None  # a stream's first block is not counted
+        if self.times:
+            late = slack is not None and slack < 0 and self.video is None  # which is not made ahead
         self.hub.real_time.note_block(block.record.spans["encode"][0], now, count / fps, late)
         receipts = self._receipts_of(block)
         self.times.append((now, count))

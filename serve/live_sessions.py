@@ -126,11 +126,12 @@ class LiveSessions:
         return live
 
     async def _wait_for_place(self, queued: Callable[[int], object]) -> None:
+        self._admit_waiting()
         obstacle = self._obstacle()
-        if obstacle is None and not self._waiting:
+        if obstacle is None:
             self._places += 1
             return
-        if obstacle is not None and (obstacle.code == "draining" or len(self._waiting) >= self.settings.queue):
+        if obstacle.code == "draining" or len(self._waiting) >= self.settings.queue:
             raise obstacle
         place = asyncio.get_running_loop().create_future()
         self._waiting.append(place)

@@ -32,7 +32,7 @@ DIRECTORY, NAMESPACE = "inferix-servers", "inferix"
 HEARTBEAT_SECONDS = 2.0
 FORGOTTEN_SECONDS = 10.0  # after which a server without a heartbeat is left out
 STARTING_SECONDS = 60.0  # that a server may take to listen, once its engine is loaded
-LATEST = ("load", "slack", "sessions", "places")  # numbers that the autoscaler gets
+LATEST = ("load", "slack", "sessions", "places", "late", "realtime")  # numbers that the autoscaler gets
 NO_SLACK = 1e6  # in place of the slack of a server that shows nothing
 PLACEMENTS = ("STRICT_PACK", "PACK")  # ranks of a replica on one machine, or on as few as possible
 
@@ -173,7 +173,10 @@ class Engine:
         """The numbers that `ScaleOnSlack` decides by."""
         facts = self.server.facts(None)
         slack = NO_SLACK if facts.slack is None else facts.slack
-        return {"load": facts.load, "slack": slack, "sessions": facts.sessions, "places": facts.places}
+        return {
+            "load": facts.load, "slack": slack, "sessions": facts.sessions, "places": facts.places, "late": facts.late,
+            "realtime": float(facts.realtime),
+        }  # fmt: skip
 
     async def __del__(self) -> None:
         """Drain: sessions are saved, and their clients' router goes on with them elsewhere."""
@@ -208,10 +211,10 @@ def latest(metrics: Any) -> list[ReplicaFacts]:
     replicas = set(series[0]).intersection(*series[1:])
     found = []
     for replica in replicas:
-        load, slack, sessions, places = (by_replica[replica][-1].value for by_replica in series)
+        load, slack, sessions, places, late, real = (by_replica[replica][-1].value for by_replica in series)
         found.append(ReplicaFacts(
             replica=str(replica), status="ok", sessions=int(sessions), places=int(places), load=load,
-            slack=None if slack == NO_SLACK else slack,
+            slack=None if slack == NO_SLACK else slack, late=int(late), realtime=bool(real),
         ))  # fmt: skip
     return found
 

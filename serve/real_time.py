@@ -1,7 +1,8 @@
 """Admission in real time: the share of it that live sessions take, and their late blocks. Numbers only.
 
 A block counts from its start in the engine until the event loop has it, and its encoding where that takes the engine's
-processors. Work at the same time counts once. So all that slows the sessions is counted, other processes included.
+processors. Work at the same time counts once. Other processes count by making it slower. What the engine does between
+blocks, such as jobs and checkpoints, does not count, but shows as late blocks.
 """
 
 from __future__ import annotations
@@ -60,19 +61,24 @@ class RealTime:
         self._work = 0.0
 
     def forget_old(self, now: float) -> None:
-        """Forget blocks that are not recent: their sessions are paused or without a viewer."""
-        while self.blocks and self.blocks[0].end < now - RECENT:
+        """Forget blocks that are not recent: their sessions are paused or without a viewer.
+
+        Two of the longest blocks are recent, so that a slow engine is not idle while it makes one.
+        """
+        recent = max(RECENT, 2 * max((block.work for block in self.blocks), default=0.0))
+        while self.blocks and self.blocks[0].end < now - recent:
             self.blocks.popleft()
 
     @property
     def late(self) -> int:
         """Number of the latest blocks that were late."""
-        return sum(block.late for block in self.blocks)
+        return sum(block.late for block in tuple(self.blocks))  # which another thread may add to
 
     def load(self, sessions: int) -> float:
         """Share of real time that a number of sessions take; 1 is all of it."""
-        played = sum(block.played for block in self.blocks)
-        return sessions * sum(block.work for block in self.blocks) / played if played else 0.0
+        blocks = tuple(self.blocks)
+        played = sum(block.played for block in blocks)
+        return sessions * sum(block.work for block in blocks) / played if played else 0.0
 
 
 def obstacle(sessions: int, load: float, late: int) -> str | None:

@@ -105,7 +105,8 @@ class Scaling:
     def wanted(self, replicas: Collection[ReplicaFacts]) -> int:
         """The number of servers for the sessions there are.
 
-        One more than now where a block was too late or no place is left; else as many as their load and places need.
+        One more than now where a block was too late or no place or time is left; else as many as their load and places
+        need, with one session more, which would else start a server again that was just ended.
         """
         alive = [facts for facts in replicas if facts.status == "ok"]
         if not alive:
@@ -115,7 +116,10 @@ class Scaling:
         if full or (slacks and min(slacks) < self.slack):
             return min(self.most, len(alive) + 1)
         sessions, places = sum(facts.sessions for facts in alive), max(facts.places for facts in alive)
-        needed = math.ceil(max(sum(facts.load for facts in alive) / self.load, (sessions + 1) / places))
+        load = sum(facts.load for facts in alive)
+        needed = math.ceil(max(load / self.load, (sessions + 1) / places))
+        if sessions and any(facts.realtime for facts in alive):
+            needed = max(needed, math.ceil(load * (sessions + 1) / sessions / real_time.MOST_LOAD))
         return min(self.most, max(self.least, needed, 1))
 
 

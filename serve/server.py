@@ -68,8 +68,10 @@ class DrainingServer(ReadyServer):
         if not (self.should_exit or self._stopped):
             LOG.error("the engine has ended: %s", self.server.host.reason)
             self.lost = True
-            await self._tell(lives.union(self.server.live.sessions.values()))
-            self.should_exit = True
+            try:
+                await self._tell(lives.union(self.server.live.sessions.values()))
+            finally:
+                self.should_exit = True
 
     async def _tell(self, lives: Collection[LiveSession]) -> None:
         """End sessions of an engine that has ended; their viewers get the reason before the connection is closed."""

@@ -56,5 +56,5 @@ def test_threads_that_wait_sleep_unless_the_user_chose(chosen, read):
     environment |= {"OMP_DISPLAY_ENV": "true"} | ({"OMP_WAIT_POLICY": chosen} if chosen else {})
     run = [sys.executable, "-c", "import inferix, torch"]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
-    (line,) = {line.strip() for line in done.stderr.splitlines() if "OMP_WAIT_POLICY" in line}
-    assert line.split("=")[1].strip(" '") == read
+    lines = {line.strip() for line in done.stderr.splitlines() if "OMP_WAIT_POLICY" in line}
+    assert any(line.split("=")[1].strip(" '") == read for line in lines)

@@ -64,6 +64,12 @@ def test_servers_are_added_for_late_blocks_and_removed_for_idle_ones():
     assert scaling.wanted([facts(slack=-1.0)] * 3) == 3
 
 
+def test_an_empty_server_stays_where_the_other_has_no_time_for_one_more():
+    for realtime, kept in ((True, 2), (False, 1)):
+        busy, idle = facts(sessions=2, load=0.6, realtime=realtime), facts(sessions=0, load=0.0, realtime=realtime)
+        assert Scaling().wanted([busy]) == kept and Scaling().wanted([busy, idle]) == kept
+
+
 def test_controls_that_a_lost_server_had_not_applied_are_sent_again():
     memory = ControlMemory(prompt="one")
     memory.sent(Act(id=1, type="act", action="up"))

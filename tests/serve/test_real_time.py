@@ -71,3 +71,12 @@ def test_blocks_are_forgotten_after_a_while():
     assert real_time.late == 2 and real_time.load(1) == pytest.approx(0.8)
     real_time.forget_old(10.0 + RECENT)
     assert real_time.late == 0 and real_time.load(1) == 0
+
+
+def test_a_slow_engine_is_not_idle_while_it_makes_a_block():
+    real_time = RealTime(shared=True)
+    real_time.note_block(0.0, 40.0, 0.5, late=True)
+    real_time.forget_old(79.0)
+    assert real_time.load(1) == pytest.approx(80)
+    real_time.forget_old(121.0)
+    assert real_time.load(1) == 0
