@@ -285,16 +285,20 @@ class OutputChecker:
 def make_checker(engine: Engine, rows: Tensor, subject: Subject, decoded: Sequence[bool]) -> OutputChecker:
     """Run the oracle for `len(decoded)` blocks, with frames where `decoded` is True, as the reference to check with."""
     tolerance, oracle = TOLERANCE[engine.dtype], executor_candidate(engine, ORACLE, rows, subject)
-    outputs = outputs_of(oracle.open(), decoded)
-    oracle.drop()
+    try:
+        outputs = outputs_of(oracle.open(), decoded)
+    finally:
+        oracle.drop()
     checker = OutputChecker([replace(block, latents=block.latents.cpu()) for block in outputs], tolerance)
     if not uses_fewer_bits(engine.config):
         return checker
     eager = with_executor(engine, ORACLE, subject)
-    plain = EngineStream(eager, rows, subject.seed, subject.size or engine.default_size)
-    bits_off = checker.largest_difference(outputs_of(plain, decoded))
-    if eager is not engine:
-        end_ranks(eager)
+    try:
+        plain = EngineStream(eager, rows, subject.seed, subject.size or engine.default_size)
+        bits_off = checker.largest_difference(outputs_of(plain, decoded))
+    finally:
+        if eager is not engine:
+            end_ranks(eager)
     return replace(checker, bits_off=bits_off)
 
 

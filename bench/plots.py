@@ -166,16 +166,20 @@ class Point(NamedTuple):
 
 
 def points(result: Result) -> list[Point]:
-    """The transformer of each candidate, in its precision, and the decoder once: all share it."""
+    """The transformer of each candidate, in its precision, and the decoder once: all share it.
+
+    Of several ranks the decoder is left out, since a result does not tell which of them decode.
+    """
     matmul = result.ceilings["matmul_flops"].best
     packed = result.ceilings["packed_flops"].best if "packed_flops" in result.ceilings else matmul
     shown: list[Point] = []
     for name, facts in result.facts["candidates"].items():
         series, work, roof = result.of(name), result.work_of(name), packed if facts.get("fewer_bits") else matmul
         for stage, quantity, most in (("transformer", "transformer", roof), ("decoder", "decode", matmul)):
-            drawn = stage == "decoder" and any(point.stage == "decoder" for point in shown)
-            if quantity in series and not drawn:
-                flops = work[stage]["flops"] / result.gpus
+            left_out = stage == "decoder" and (result.gpus > 1 or any(point.stage == "decoder" for point in shown))
+            if quantity in series and not left_out:
+                ranks = 1 if result.environment["device"]["type"] == "cpu" else result.gpus
+                flops = work[stage]["flops"] / ranks
                 intensity = work[stage]["flops"] / work[stage]["nbytes"]
                 shown.append(Point(name, stage, intensity, flops / series[quantity].median, most))
     return shown

@@ -48,13 +48,14 @@ def measure(
     rows, about, refused = list[dict[str, Any]](), dict[str, Any](), list[str]()
     for ranks in (count for count in range(1, gpus + 1) if gpus % count == 0):
         for layout in [name for name in LAYOUTS if name != LAYERS] if ranks > 1 else [ONE]:
+            reasons = list[str]()
             for shard_weights in (False, True) if ranks > 1 else (False,):
                 own: dict[str, Any] = {"gpus": ranks}
                 own |= {"parallel": layout, "shard_weights": shard_weights} if ranks > 1 else {}
                 try:
                     engine = load(model, preset, **own, **arguments)
                 except UsageError as error:  # it does not divide, or does not fit
-                    refused.append(str(error))
+                    reasons.append(str(error))
                     continue
                 try:
                     milliseconds = timed(engine, size or engine.default_size, blocks)
@@ -68,7 +69,8 @@ def measure(
                 )
                 break
             else:
-                log(f"{layout} on {ranks} is left out: {refused[-1]}")
+                refused += reasons
+                log(f"{layout} on {ranks} is left out: {'; with divided weights: '.join(dict.fromkeys(reasons))}")
     if not rows:
         raise UsageError(refused[0])
     return {**about, "blocks": blocks, "layouts": rows}

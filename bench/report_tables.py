@@ -76,9 +76,8 @@ class Candidate(NamedTuple):
         return f"{self.result.facts['block']['pixel_frames'] / times.median:.3g}" if times else ""
 
     def share_of_matmul(self) -> str:
-        transformer, ceiling = self.series("transformer"), self.result.ceilings["matmul_flops"].best * self.result.gpus
-        flops = self.result.facts["work"]["transformer"]["flops"]
-        return f"{flops / transformer.median / ceiling:.0%}" if transformer else ""
+        transformer, flops = self.series("transformer"), self.result.facts["work"]["transformer"]["flops"]
+        return f"{flops / transformer.median / self.result.matmul_flops:.0%}" if transformer else ""
 
     def speedup(self) -> str:
         """Speedup over the plain loop with its 95 % interval."""

@@ -91,6 +91,12 @@ class Result:
         return int(self.subject.get("ranks", {}).get("count", 1))
 
     @property
+    def matmul_flops(self) -> float:
+        """Measured matmul of all ranks, FLOP/s. Ranks on a CPU share the processor that was measured."""
+        ranks = 1 if self.environment["device"]["type"] == "cpu" else self.gpus
+        return self.ceilings["matmul_flops"].best * ranks
+
+    @property
     def device_name(self) -> str:
         """Name of the device, with the layout of several ranks on as many."""
         name = str(self.environment["device"]["name"])

@@ -628,7 +628,7 @@ def finish(result: Result, out: Path | None, as_json: bool, show: Callable[[Resu
 
 
 def print_block(result: Result) -> None:
-    block, matmul = result.facts["block"], result.ceilings["matmul_flops"].best * result.gpus
+    block = result.facts["block"]
     plain = result.of("plain").get("block")
     table = Table("candidate", "block", "interval", "FPS", "transformer", "of matmul", "decoder", "to plain", "off by")
     for name, facts in result.facts["candidates"].items():
@@ -637,7 +637,8 @@ def print_block(result: Result) -> None:
             continue
         series = result.of(name)
         transformer, decode, whole = series.get("transformer"), series.get("decode"), series["block"].median
-        share = result.facts["work"]["transformer"]["flops"] / transformer.median / matmul if transformer else None
+        flops = result.facts["work"]["transformer"]["flops"]
+        share = flops / transformer.median / result.matmul_flops if transformer else None
         interval = series.get("interval")
         table.add_row(
             name, in_unit(whole, "s"), in_unit(interval.median, "s") if interval else "",
@@ -650,7 +651,7 @@ def print_block(result: Result) -> None:
     console.print(table)
     console.print(
         f"{place(result)}; {block['pixel_frames']} pixel frames a block, window of {block['window_frames']} latent "
-        f"frames; matmul here {matmul / result.gpus / 1e9:.4g} GFLOP/s"
+        f"frames; matmul here {result.ceilings['matmul_flops'].best / 1e9:.4g} GFLOP/s"
     )
     if packed := [name for name, facts in result.facts["candidates"].items() if facts["fewer_bits"]]:
         bits = result.facts["bits_off"]

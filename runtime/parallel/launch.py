@@ -37,7 +37,7 @@ from .identity import difference, identity
 from .messages import Connection, Message
 from .peers import Peer, Peers
 from .rank_process import ADDRESS
-from .ranked_worker import RankedWorker
+from .ranked_worker import RankedWorker, end_world
 from .rendezvous import LOCAL, START, Place, host_store, join_grid, join_store
 
 COLLECTIVE = 1.25  # a collective ends by itself after so many timeouts of a rank, whose process may be out of reach
@@ -112,7 +112,7 @@ class Start:
 
     def close(self) -> None:
         if self.world is not None:
-            self.world.peers.close()
+            end_world(self.world.peers, self.world.shard)
 
 
 def start(
