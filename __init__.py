@@ -51,9 +51,10 @@ MODULES = {
     "make_preset": "models.registry",
 }
 
-# Passes on a CPU have hundreds of parallel loops of microseconds. A thread that waits for the next by spinning holds a
-# core for which other threads wait. OpenMP reads the policy when torch is first imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Passes on a CPU have hundreds of parallel loops of microseconds. A thread that waits for the next by spinning for long
+# holds a core for which other threads wait. GNU's OpenMP reads the number of spins when torch is first imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __all__ = [
     "EXECUTORS",

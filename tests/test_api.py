@@ -50,11 +50,13 @@ def test_an_unknown_setting_is_refused_with_the_nearest_name():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the OpenMP of torch for Linux prints its settings")
-@pytest.mark.parametrize(("chosen", "read"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_that_wait_sleep_unless_the_user_chose(chosen, read):
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_DISPLAY_ENV": "true"} | ({"OMP_WAIT_POLICY": chosen} if chosen else {})
+@pytest.mark.parametrize(
+    ("chosen", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
+)
+def test_threads_that_wait_spin_for_a_short_time_unless_the_user_chose(chosen, spins):
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    environment = kept | {"OMP_DISPLAY_ENV": "verbose"} | chosen
     run = [sys.executable, "-c", "import inferix, torch"]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
-    lines = {line.strip() for line in done.stderr.splitlines() if "OMP_WAIT_POLICY" in line}
-    assert any(line.split("=")[1].strip(" '") == read for line in lines)
+    lines = {line.strip() for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line}
+    assert any(line.split("=")[1].strip(" '") == spins for line in lines)
