@@ -248,7 +248,13 @@ class Recorder(TorchDispatchMode):
         if spec.family == EXCHANGE:
             self.run_collective(spec, args)
             return
-        form = choose(spec, self.given[spec.like]) if isinstance(spec, KernelSpec) else spec.reference
+        like = self.given[spec.like]
+        form = choose(spec, like) if isinstance(spec, KernelSpec) else spec.reference
+        if form is spec.reference and spec.is_host_form("reference"):
+            raise InferixError(
+                f"{spec.name} has no kernel for {str(like.dtype).removeprefix('torch.')} {list(like.shape)} on this "
+                "card, and its reference reads tensors on the host, which no graph holds; see docs/kernels.md"
+            )
         if form is spec.reference and any(arg.listed_by for arg in spec.args.values()):
             self.run_reference(spec, args)  # the cost of a call of torch's would be that of all pages
         else:

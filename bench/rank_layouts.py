@@ -8,7 +8,9 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from ..errors import UsageError, quoted
+import torch
+
+from ..errors import RankFailed, UsageError, quoted
 from ..runtime.capacity import planner
 from ..runtime.capacity.device_name import card_of
 from ..runtime.engine import Engine
@@ -32,11 +34,13 @@ def measure(
     blocks: int,
     settings: Mapping[str, Any],
     log: Callable[[str], object],
+    keep: Callable[[dict[str, Any]], object],
 ) -> dict[str, Any]:
     """Time a stream on one GPU, and in every layout of each divisor of `gpus` that fits; divided weights where only so.
 
     size: of pictures, None for the model's own. blocks: that are timed with a full window, of which the median counts.
-    Returns a table for `inferix plan --measured`. UsageError under a launcher, whose ranks serve one engine, for
+    Returns a table for `inferix plan --measured`, which `keep` is given after each of its rows. A layout whose ranks
+    fail, or that runs out of memory, is left out. UsageError under a launcher, whose ranks serve one engine, for
     settings of a layout, and where no layout fits.
     """
     if given := [name for name in COMPARED if name in settings]:
@@ -57,16 +61,20 @@ def measure(
                 except UsageError as error:  # it does not divide, or does not fit
                     reasons.append(str(error))
                     continue
+                about = about or described(engine, size or engine.default_size)
                 try:
                     milliseconds = timed(engine, size or engine.default_size, blocks)
+                except (RankFailed, torch.OutOfMemoryError) as error:
+                    reasons.append(str(error))
+                    continue
                 finally:
                     end_ranks(engine)
-                about = about or described(engine, size or engine.default_size)
-                del engine  # before the next one's weights are read
+                    del engine  # before the next one's weights are read
                 log(f"{layout} on {ranks}: {milliseconds:.1f} ms a block")
                 rows.append(
                     {"layout": layout, "ranks": ranks, "shard_weights": shard_weights, "block_ms": milliseconds}
                 )
+                keep({**about, "blocks": blocks, "layouts": rows})
                 break
             else:
                 refused += reasons

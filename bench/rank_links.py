@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,6 +50,6 @@ def measure(gpus: int, device: str | None, log: Callable[[str], object]) -> dict
     }  # fmt: skip
 
 
-def write(result: dict[str, Any], out: Path) -> None:
-    """Write a link as `inferix plan --link` reads it."""
+def write(result: Mapping[str, Any], out: Path) -> None:
+    """Write a link as `inferix plan --link` reads it, or layouts as `--measured` does."""
     write_atomically(check_output(out), lambda part: part.write_text(json.dumps(result, indent=1) + "\n", "utf-8"))

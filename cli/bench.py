@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -387,13 +387,17 @@ def parallel(
     beside = {"--preset": preset, "--size": size, "--set": settings or None, "--blocks": blocks}
     if model is None and (given := [flag for flag, value in beside.items() if value is not None]):
         raise UsageError(f"{given[0]} is for the blocks of a model; give --model, too")
+
+    def keep(measured: Mapping[str, Any]) -> None:
+        if out is not None:
+            rank_links.write(measured, out)
+
     result: dict[str, Any] = {}
     if model is not None:
         pictures = parse_size(size) if size else None
-        result |= rank_layouts.measure(model, preset, gpus, device, pictures, blocks or LAYOUT_BLOCKS, own, log)
+        result |= rank_layouts.measure(model, preset, gpus, device, pictures, blocks or LAYOUT_BLOCKS, own, log, keep)
     result |= rank_links.measure(gpus, device, log)
-    if out is not None:
-        rank_links.write(result, out)
+    keep(result)
     if as_json:
         typer.echo(json.dumps(result))
     else:

@@ -227,6 +227,13 @@ def test_reads_on_the_host_are_refused():
         recorded(lambda tensor: tensor.sum().item())
 
 
+def test_heads_without_a_kernel_are_refused():
+    spec = replace(MODELS["wan-ranks"], num_layers=1)
+    narrow = BlockGraphBuilder(spec, PRESET, (64, 64), torch.bfloat16).build()
+    with pytest.raises(InferixError, match="block_attention"):
+        dry_run(rewritten(narrow, chosen()), 90, compiled=False)
+
+
 def test_copies_between_host_and_card_and_random_numbers_are_faults():
     assert "_to_copy" in recorded(lambda tensor: tensor.to("cpu")).faults()[0]
     assert "copy" in recorded(lambda tensor: tensor.copy_(torch.zeros(4, 8))).faults()[0]

@@ -8,6 +8,7 @@ import inferix
 from inferix import UsageError
 from inferix.bench import rank_layouts
 from inferix.bench.rank_layouts import measure, timed
+from inferix.errors import RankFailed
 from inferix.runtime.capacity.measured_layouts import read_measured
 
 SETTINGS = {
@@ -31,20 +32,38 @@ def test_a_window_that_is_never_full_is_refused():
         timed(engine, (32, 32), 1)
 
 
-def measured(monkeypatch, gpus, fits):
-    """A table of a small model, of the layouts that fit; all are timed without ranks."""
+def measured(monkeypatch, gpus, fits, fails=()):
+    """A table of a small model, of the layouts that fit; all are timed without ranks, and some fail meanwhile."""
     small = {"device": "cpu", "text_prompts": False, "local_attn_size": 3}
     engine = inferix.load("wan-tiny", **small)
 
     def load(model, preset, gpus=1, parallel="one", shard_weights=False, **arguments):
         if (parallel, gpus, shard_weights) not in fits:
             raise UsageError(f"{parallel} on {gpus} needs more memory")
+        loaded.append((parallel, gpus, shard_weights))
         return engine
 
+    def timed(*_):
+        if loaded[-1] in fails:
+            raise RankFailed("rank 1 ended")
+        return 5.0
+
+    loaded, lines, kept = [], [], []
     monkeypatch.setattr(rank_layouts, "load", load)
-    monkeypatch.setattr(rank_layouts, "timed", lambda *_: 5.0)
-    lines = []
-    return measure("wan-tiny", None, gpus, "cpu", None, 1, {}, lines.append), lines
+    monkeypatch.setattr(rank_layouts, "timed", timed)
+    table = measure(
+        "wan-tiny", None, gpus, "cpu", None, 1, {}, lines.append, lambda table: kept.append(len(table["layouts"]))
+    )
+    assert kept == list(range(1, len(table["layouts"]) + 1))
+    return table, lines
+
+
+def test_a_layout_whose_ranks_fail_is_left_out_and_the_others_stay(monkeypatch):
+    fits = {("one", 1, False), ("ulysses", 2, False), ("pass-q", 2, False), ("pass-q", 2, True)}
+    table, lines = measured(monkeypatch, 2, fits, fails={("ulysses", 2, False), ("pass-q", 2, False)})
+    rows = [(row["layout"], row["ranks"], row["shard_weights"]) for row in table["layouts"]]
+    assert rows == [("one", 1, False), ("pass-q", 2, True)]
+    assert any("ulysses on 2 is left out: rank 1 ended" in line for line in lines)
 
 
 def test_a_model_that_one_gpu_cannot_hold_is_timed_on_several(monkeypatch, tmp_path):
