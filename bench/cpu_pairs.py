@@ -70,7 +70,9 @@ MIDDLE = replace(
     default_size=(96, 96),
 )  # fmt: skip
 CASE_HELP = "small world, wan-tiny 64x64, wan-tiny 128x128 or 118M 96x96; repeatable.  [default: all]"
-TARGET_HELP = f"An engine exported to a target as well: {', '.join(TARGETS)}; repeatable."
+INT8 = "-int8"  # behind a target: its linear layers are on INT8 operands
+ENGINES = (*TARGETS, f"onnx{INT8}")
+TARGET_HELP = f"An engine exported to a target as well: {', '.join(ENGINES)}; repeatable."
 WINDOW = {"local_attn_size": 21}
 CASES = (
     Case("small world", MODELS["tinyworld"], "tinyworld", (64, 64), {}, 8, 6),
@@ -142,9 +144,12 @@ def write_model(spec: ModelSpec, folder: Path) -> Path:
 
 
 def export_case(case: Case, model: str, target: str, folder: Path) -> Path:
-    """Export the model of a case, with the prompt of the other candidates."""
-    engine = load(model, case.preset, device="cpu", executor="eager", dtype="float32", **case.settings)
-    return write_engine(engine, folder, case.size, find_target(target), {"bench": prompt_rows(engine)})
+    """Export the model of a case, with the prompt of the other candidates. target: with `INT8` behind it, or without.
+    """
+    lowp = "int8" if target.endswith(INT8) else None
+    engine = load(model, case.preset, device="cpu", executor="eager", dtype="float32", lowp=lowp, **case.settings)
+    found = find_target(target.removesuffix(INT8))
+    return write_engine(engine, folder, case.size, found, {"bench": prompt_rows(engine)})
 
 
 def candidates_of(case: Case) -> list[str]:
@@ -242,7 +247,9 @@ def main(
         if name not in ("float32", "bfloat16"):
             raise UsageError(f"dtype is {quoted(name)}; expected float32 or bfloat16")
     for name in target:
-        find_target(name)
+        if name not in ENGINES:
+            raise UsageError(f"target is {quoted(name)}; expected one of {', '.join(ENGINES)}")
+        find_target(name.removesuffix(INT8))
     if not (before / "runtime" / "engine.py").is_file():
         raise UsageError(f"before is {quoted(str(before))}, which is no tree of this package; expected a checkout")
     out.mkdir(parents=True, exist_ok=True)

@@ -53,6 +53,7 @@ def export(
     ),
     dtype: str = typer.Option("float32", help="Of the stored weights: float32 or float16; passes are in float32."),
     kv_dtype: str = typer.Option("float32", help="Of keys and values: float32, or int8 where the target has it."),
+    lowp: str | None = typer.Option(None, help="Of linear layers: int8, where the target has it."),
     unroll: bool = typer.Option(False, "--unroll", help="Write one program more, with all steps of a block."),
     prefixes: bool = typer.Option(
         False, "--prefixes", help="Write the encoder too, for streams that begin with an image or a video."
@@ -74,6 +75,8 @@ def export(
 
     Example: inferix export --out world
 
+    Example: inferix export --lowp int8 --out world-int8
+
     Example: inferix export --cache
 
     Example: inferix export --model tiny/ --preset self-forcing --prompt prompts.txt --size 64x64 --out engine
@@ -86,13 +89,13 @@ def export(
         needless |= {"--lora": lora, "--names": names, "--prompt": prompt, "--set": settings or None}
         needless |= {"--unroll": unroll or None, "--target": None if target == "onnx" else target}
         needless |= {"--dtype": None if dtype == "float32" else dtype}
-        needless |= {"--kv-dtype": None if kv_dtype == "float32" else kv_dtype}
+        needless |= {"--kv-dtype": None if kv_dtype == "float32" else kv_dtype, "--lowp": lowp}
         if wrong := [flag for flag, value in needless.items() if value is not None]:
             raise UsageError(f"--cache takes a model, preset and size as they are; leave {wrong[0]} out")
         return export_to_cache(model, preset, parse_size(size) if size else None, as_json)
     if out is None:
         raise UsageError("--out is missing; give the folder to write, or --cache")
-    overrides = parse_settings(settings)
+    overrides = parse_settings(settings) | ({} if lowp is None else {"lowp": lowp})
     check_settings(ctx, overrides)
     parts = {"base": base, "vae": vae, "text_encoder": text_encoder, "lora": lora, "names": names}
     given = {key: value for key, value in parts.items() if value is not None}

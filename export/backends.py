@@ -48,6 +48,8 @@ class OnnxRuntime:
         self.options.intra_op_num_threads = threads
         # Each program has threads of its own, which take the cores of others while they wait by spinning.
         self.options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Without instructions for sums of 8-bit products, signed weights overflow in 16 bits; unsigned ones do not.
+        self.options.add_session_config_entry("session.x64quantprecision", "1")
         self.options.log_severity_level = 3
 
     def load(self, path: Path, inputs: list[str], outputs: list[str]) -> Program:

@@ -22,6 +22,7 @@ from ..errors import UsageError, quoted
 from ..kernels import philox
 from ..models.family import TableEncoder
 from ..models.registry import default_model, default_preset, make_preset
+from ..models.transformer import Transformer
 from ..runtime.engine import Engine
 from ..runtime.load import load
 from ..runtime.sampler import Sampler, scheduled_blocks
@@ -32,6 +33,7 @@ from ..schemes.sampler_spec import STANDARD_SOLVERS
 from ..version import __version__
 from .checkpoint import new_folder
 from .decoder_programs import DecoderPrograms, EncoderPrograms, decoder_programs, encoder_programs
+from .int8_layers import with_int8_layers
 from .plan import FILE, FORMAT, PARAMETERS, describe_files, preset_values, solver_rules, takes_groups, version_of
 from .programs import (
     FRAMES,
@@ -70,14 +72,15 @@ def export_engine(
     model, preset and settings are those of `load`. out: a new folder. prompts: those that the engine can follow, if its
     text encoder is not exported; without any, the default prompt. unroll: one program more, with all steps of a block.
     prefixes: two more, with which streams can begin with an image or a video. dtype: of the stored weights.
-    kv_dtype: of keys and values, float32, or int8 with a scale for each frame and head.
+    kv_dtype: of keys and values, float32, or int8 with a scale for each frame and head. With lowp="int8" linear layers
+    multiply INT8 operands, those that lowp_layers and lowp_keep choose.
     Raises UsageError for what the target cannot do, before weights are read, and for bad values.
     """
     name = default_model(preset) if model is None else str(model)
     fields = {key: value for key, value in settings.items() if key in FIELDS}
     scheme = make_preset(preset or default_preset(name), **fields)
     chosen = find_target(target)
-    check_target(chosen, scheme, dtype, unroll, prefixes, kv_dtype)
+    check_target(chosen, scheme, dtype, unroll, prefixes, kv_dtype, settings.get("lowp"))
     progress(f"loading {name}")
     engine = load(name, preset, device="cpu", executor="eager", dtype="float32", size=size, **settings)
     rows = rows_of(engine, prompts)
@@ -126,6 +129,8 @@ def write_engine(
             }  # fmt: skip
         if kv_dtype != "float32":
             plan["kv_dtype"] = kv_dtype
+        if (precision := engine.config.precision_map) is not None:
+            plan["lowp"] = asdict(precision)
         if kept := host_parameters(engine):
             np.savez(folder / PARAMETERS, **kept)
             plan["parameters"] = PARAMETERS
@@ -139,6 +144,12 @@ def describe_programs(
 ) -> tuple[list[Program], DecoderPrograms]:
     """The programs of the transformer and of the decoder for pictures of one size."""
     check_model(engine.parts.transformer)
+    precision = engine.config.precision_map
+    plain, memory = engine.parts.transformers[0], engine.parts.transformers[-1]
+
+    def packed(model: Transformer) -> Transformer:
+        return model if precision is None else with_int8_layers(model, precision)
+
     preset, spec = engine.preset, engine.spec
     most, block = window(preset), preset.num_frame_per_block
     frames = block if preset.block_size(0) == block and preset.window_blocks == 1 else None
@@ -150,11 +161,10 @@ def describe_programs(
         raise UsageError(f"{sizes}, but the decoder takes {tile} latent frames at once; expected whole blocks of them")
     if grouped:
         limits[TEXTS] = 1, 1, preset.window_blocks + 1
-    programs = pass_programs(engine.parts.transformer, size, sampler, frames, unroll, limits, kv_dtype, grouped)
+    programs = pass_programs(plain, size, sampler, frames, unroll, limits, kv_dtype, grouped, packed)
     latent = spec.latent_size(size)
-    plain, memory = engine.parts.transformers[0], engine.parts.transformers[-1]
     if memory is not plain:
-        programs = with_memory(programs, plain, memory, size)
+        programs = with_memory(programs, plain, memory, size, packed)
     decoder = decoder_programs(engine.parts.vae, spec.out_channels, *latent, preset.context.decoder_zero_start)
     return programs, decoder
 

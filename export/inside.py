@@ -44,7 +44,7 @@ KEPT = ("kv_memory", "kv_offload", "batches", "drift_meter")  # settings of an e
 
 MODEL_EXECUTORS["exported"] = ExecutorSpec(
     about="programs of an exported engine, pass by pass", make=f"{__name__}:make_exported", devices=("cpu",),
-    kv_dtypes=("float32", "int8"),
+    kv_dtypes=("float32", "int8"), lowp=("int8",),
 )  # fmt: skip
 
 
@@ -70,6 +70,8 @@ def load_exported(
     kept = {key: value for key, value in settings.items() if key in KEPT}
     if plan.kv_dtype != plan["dtype"]:
         kept["kv_dtype"] = plan.kv_dtype
+    if lowp := plan.values.get("lowp"):
+        kept |= {"lowp": lowp["kind"], "lowp_layers": tuple(lowp["layers"]), "lowp_keep": tuple(lowp["keep"])}
     source = plan["model"]["source"]
     config = EngineConfig.of(source, preset.name, device="cpu", dtype=plan["dtype"],
                             executor="exported", engine=str(folder), **kept)  # fmt: skip

@@ -16,7 +16,7 @@ The model itself is unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -273,9 +273,11 @@ def solver_matrix(sampler: Sampler) -> list[list[float]]:
 def pass_programs(
     model: Transformer, size: tuple[int, int], sampler: Sampler, frames: int | None, unroll: bool,
     limits: Mapping[str, tuple[int, int, int]], kv_dtype: str = "float32", grouped: bool = False,
+    packed: Callable[[Transformer], Transformer] = lambda model: model,
 ) -> list[Program]:  # fmt: skip
     """Programs of the transformer. frames: of each denoising pass; None where passes have different numbers.
 
+    packed: makes the model of passes, with layers in low precision; prompts are of the model itself.
     limits: least, usual and largest number of frames of a pass, of its past and of texts. kv_dtype: of the past,
     `float32` or `int8`. grouped: groups of a pass see other frames, or follow other texts.
     UsageError for unrolled steps of a model that cannot have them.
@@ -297,8 +299,9 @@ def pass_programs(
         "scales": by_layer("past_scale", layers),
     }  # fmt: skip
     kept = by_layer("new", layers) + (by_layer("new_scale", layers) if kv_dtype == "int8" else ())
-    step, commit = (GroupedStep(model, size), GroupedCommit(model, size)) if grouped else (
-        Step(model, size), Commit(model, size))  # fmt: skip
+    network = packed(model)
+    step, commit = (GroupedStep(network, size), GroupedCommit(network, size)) if grouped else (
+        Step(network, size), Commit(network, size))  # fmt: skip
 
     def describe(name: str, module: nn.Module, block: int | None, results: tuple[str, ...]) -> Program:
         count = TRACED_FRAMES if block is None else block
@@ -338,13 +341,14 @@ def pass_programs(
         describe("commit", commit, None, ("velocity", *kept) if grouped else kept),
     ]  # fmt: skip
     if unroll:
-        programs.append(describe("steps", Steps(model, size, sampler), frames, ("clean",)))
+        programs.append(describe("steps", Steps(network, size, sampler), frames, ("clean",)))
     return programs
 
 
 def with_memory(
-    programs: Sequence[Program], plain: Transformer, memory: Transformer, size: tuple[int, int]
-) -> list[Program]:
+    programs: Sequence[Program], plain: Transformer, memory: Transformer, size: tuple[int, int],
+    packed: Callable[[Transformer], Transformer] = lambda model: model,
+) -> list[Program]:  # fmt: skip
     """Run `commit` on memory weights, whose cross keys and values `prompt` returns too, as `memory_text_...`.
 
     Each program takes the inputs that it names, so a runner needs no change.
@@ -356,7 +360,7 @@ def with_memory(
             program = replace(program, module=Prompt(plain, memory), results=results)
         elif isinstance(program.module, Commit | GroupedCommit):
             names = tuple(f"memory_{name}" if name in texts else name for name in program.names)
-            program = replace(program, module=type(program.module)(memory, size), names=names)
+            program = replace(program, module=type(program.module)(packed(memory), size), names=names)
         made.append(program)
     return made
 

@@ -43,9 +43,12 @@ FEATURES = {  # what a preset or a command may ask of an engine
     "keys and values in int8": "--kv-dtype int8: a scale for each frame and head; not in inferix-runner",
     "int8 in passes of groups": "--kv-dtype int8 with passes whose frames see other frames, or follow other texts",
     "keys and values in fp8": "--kv-dtype fp8",
+    "layers in int8": "--lowp int8: linear layers on INT8 operands",
+    "layers in fp8": "--lowp fp8: linear layers on FP8 operands",
 }
 KV_DTYPES = ("float32", "int8", "fp8")
 DTYPES = ("float32", "float16", "bfloat16")
+LOWP = ("int8", "fp8")
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ PLAIN = frozenset(FEATURES) - {
     "several prompts in a pass", "recomputed context", "commit in the next pass", "averaged sink",
     "sink of a rest", "context by noise level", "two experts", "endless window", "sink at several distances",
     "guidance by past", "channels of frames", "unrolled joint steps", "pasted pictures", "float16", "bfloat16",
-    "keys and values in int8", "int8 in passes of groups", "keys and values in fp8",
+    "keys and values in int8", "int8 in passes of groups", "keys and values in fp8", "layers in int8", "layers in fp8",
 }  # fmt: skip
 GROUPED = PLAIN | {
     "several prompts in a pass", "commit in the next pass", "context by noise level", "guidance by past",
@@ -91,7 +94,7 @@ HALF = GROUPED | {"float16"}
 HERE = __package__
 EVERY = (
     Target("onnx", ".onnx", ("onnx", "onnxscript"), "onnx", f"{HERE}.to_onnx:OnnxWriter",
-           f"{HERE}.backends:OnnxRuntime", "onnxruntime", HALF | {"keys and values in int8"}, "CPU, by ONNX Runtime"),
+           f"{HERE}.backends:OnnxRuntime", "onnxruntime", HALF | {"keys and values in int8", "layers in int8"}, "CPU, by ONNX Runtime"),
     Target("openvino", ".xml", ("onnx", "onnxscript", "openvino"), "openvino", f"{HERE}.to_openvino:OpenVinoWriter",
            f"{HERE}.backends:OpenVino", "openvino", HALF, "CPU, by OpenVINO"),
     Target("aoti", ".pt2", ("torch",), "", f"{HERE}.to_aoti:AotiWriter", f"{HERE}.backends:AotInductor", "torch",
@@ -115,8 +118,9 @@ def find_target(name: str) -> Target:
 
 
 def needed_features(
-    preset: Preset, dtype: str, unroll: bool, prefixes: bool = False, kv_dtype: str = "float32"
-) -> list[str]:
+    preset: Preset, dtype: str, unroll: bool, prefixes: bool = False, kv_dtype: str = "float32",
+    lowp: str | None = None,
+) -> list[str]:  # fmt: skip
     """Features that an engine of a preset needs, in the table's order."""
     context = preset.context
     asked = {
@@ -146,18 +150,20 @@ def needed_features(
         dtype: True,
         f"keys and values in {kv_dtype}": True,
         "int8 in passes of groups": kv_dtype == "int8" and takes_groups(preset),
+        f"layers in {lowp}": True,
     }
     return [feature for feature in FEATURES if asked.get(feature)]
 
 
 def check_target(
-    target: Target, preset: Preset, dtype: str, unroll: bool, prefixes: bool = False, kv_dtype: str = "float32"
-) -> None:
+    target: Target, preset: Preset, dtype: str, unroll: bool, prefixes: bool = False, kv_dtype: str = "float32",
+    lowp: str | None = None,
+) -> None:  # fmt: skip
     """UsageError for a preset or a setting that needs what the target cannot."""
-    for key, value, known in (("dtype", dtype, DTYPES), ("kv_dtype", kv_dtype, KV_DTYPES)):
-        if value not in known:
+    for key, value, known in (("dtype", dtype, DTYPES), ("kv_dtype", kv_dtype, KV_DTYPES), ("lowp", lowp, LOWP)):
+        if value not in known and value is not None:
             raise UsageError(f"{key} is {quoted(value)}{nearest(value, known)}; expected one of {', '.join(known)}")
-    needed = needed_features(preset, dtype, unroll, prefixes, kv_dtype)
+    needed = needed_features(preset, dtype, unroll, prefixes, kv_dtype, lowp)
     if lacking := [feature for feature in needed if feature not in target.can]:
         listed = "; ".join(f"{feature} ({FEATURES[feature]})" for feature in lacking)
         raise UsageError(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .kv_precision import LIMIT, SMALLEST
 from .programs import Program
 from .trace import quiet, trace
 
@@ -88,7 +89,7 @@ class OnnxWriter:
 
 def translations() -> dict[Any, Any]:
     """Functions of onnxscript that make the operators of ONNX for our ops."""
-    from onnxscript import INT8, opset23
+    from onnxscript import FLOAT, INT8, UINT8, opset23
 
     def quantise(x: Any, scale: Any) -> Any:
         return opset23.QuantizeLinear(x, scale, axis=0, output_dtype=INT8.dtype)
@@ -96,8 +97,18 @@ def translations() -> dict[Any, Any]:
     def dequantise(x: Any, scale: Any) -> Any:
         return opset23.DequantizeLinear(x, scale, axis=0)
 
+    def linear(x: Any, weight: Any, scale: Any) -> Any:
+        most = opset23.ReduceMax(opset23.Abs(x), opset23.Constant(value_ints=[-1]), keepdims=1)
+        by = opset23.Div(opset23.Max(most, opset23.Constant(value_float=SMALLEST)), opset23.Constant(value_float=LIMIT))
+        rows = opset23.Add(opset23.Round(opset23.Div(x, by)), opset23.Constant(value_float=128.0))
+        middle = opset23.Cast(opset23.Constant(value_float=128.0), to=UINT8.dtype)
+        product = opset23.MatMulInteger(opset23.Cast(rows, to=UINT8.dtype), weight, middle)
+        # Not times `by * scale`: ONNX Runtime would fuse that into an operator that takes `by` for one number.
+        return opset23.Mul(opset23.Mul(opset23.Cast(product, to=FLOAT.dtype), by), scale)
+
     return {torch.ops.inferix_export.quantise_rows.default: quantise,
-            torch.ops.inferix_export.dequantise_rows.default: dequantise}  # fmt: skip
+            torch.ops.inferix_export.dequantise_rows.default: dequantise,
+            torch.ops.inferix_export.linear_int8.default: linear}  # fmt: skip
 
 
 def store_in_half(model: Any) -> None:

@@ -109,6 +109,8 @@ class OnnxRuntime final : public Backend {
         check(api().set_threads(options, threads));
         // Each program has threads of its own, which take the cores of others while they wait by spinning.
         check(api().add_session_config_entry(options, "session.intra_op.allow_spinning", "0"));
+        // Without instructions for sums of 8-bit products, signed weights overflow in 16 bits; unsigned ones do not.
+        check(api().add_session_config_entry(options, "session.x64quantprecision", "1"));
     }
 
     std::unique_ptr<Program> load(const ProgramEntry& entry) override {

@@ -6,6 +6,7 @@ Weights are quantised at every call, so that the model follows changes of its we
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -31,20 +32,22 @@ class PackedLinear(nn.Module):
         return out.unflatten(0, x.shape[:-1])
 
 
-def with_packed_layers(model: Transformer, precision: PrecisionMap) -> Transformer:
-    """Copy a model, sharing its weights, with the layers of the precision map replaced by `PackedLinear`."""
+def with_packed_layers(
+    model: Transformer, precision: PrecisionMap, packed: Callable[[nn.Linear, torch.dtype], nn.Module] = PackedLinear
+) -> Transformer:
+    """Copy a model, sharing its weights, with the layers of the precision map replaced by those that `packed` makes."""
 
     def converted(part: nn.Module, name: str) -> nn.Module:
         if isinstance(part, nn.Linear) and precision.has(name):
-            return PackedLinear(part, KINDS[precision.kind])
+            return packed(part, KINDS[precision.kind])
         copied = copy.copy(part)
         parts = part.named_children()
         copied.__dict__["_modules"] = {child: converted(inner, f"{name}.{child}".lstrip(".")) for child, inner in parts}
         return copied
 
-    packed = converted(model, "")
-    assert isinstance(packed, Transformer)
-    return packed
+    made = converted(model, "")
+    assert isinstance(made, Transformer)
+    return made
 
 
 def check_layers(model: nn.Module, precision: PrecisionMap) -> None:

@@ -205,6 +205,28 @@ def test_keys_and_values_in_int8(preset: str, tmp_path: Path) -> None:
     assert max(errors[:2]) <= most < errors[2]
 
 
+def test_linear_layers_in_int8(tmp_path: Path) -> None:
+    """Against the model's own packed layers: a rounding may flip, but one layer more or less is told from it."""
+    make = partial(make_engine, dtype="float32", denoising_step_list=(1000,))
+    model = make(lowp="int8", lowp_keep=("blocks.0.*",))
+    folder = write(model, tmp_path / "engine")
+    plan = json.loads((folder / FILE).read_text("utf-8"))
+    jsonschema.validate(plan, json.loads(SCHEMA.read_text("utf-8")))
+    assert plan["lowp"] == {"kind": "int8", "layers": ["blocks.*"], "keep": ["blocks.0.*"]} and plan["version"] == 1
+    config = inside(model, folder).config
+    assert (config.lowp, config.lowp_keep) == ("int8", ("blocks.0.*",))
+
+    def error(other: Engine) -> float:
+        made = as_modules(other, folder).open("a hill", 7).next_block(decode=False).latents
+        return float(np.sqrt(np.square(made - expected).mean() / np.square(expected).mean()))
+
+    with model.open(prompt_embeds=PROMPTS["a hill"], seed=7, size=SIZE) as session:
+        expected = next(iter(session.stream(1, decode=False))).latents.numpy()
+    assert error(model) <= 2e-3 and min(error(make()), error(make(lowp="int8"))) > 5e-3
+    with pytest.raises(UsageError, match="nothing"):
+        write(make(lowp="int8", lowp_keep=("nothing",)), tmp_path / "other")
+
+
 def test_streams_begin_with_pictures(tmp_path: Path) -> None:
     """A video, and a picture that is repeated, in the runner and in Inferix; two pictures too many are left out."""
     model = make_engine("tinyworld", dtype="float32", spec=WORLD)
@@ -400,7 +422,8 @@ def test_presets_that_cannot_be_exported_are_refused_before_weights(name: str, t
 def test_bad_arguments_of_an_export(tmp_path: Path) -> None:
     for settings, named in (
         ({"target": "onyx"}, "onyx"), ({"dtype": "float8"}, "float8"), ({"kv_dtype": "int4"}, "int4"),
-        ({"target": "aoti", "kv_dtype": "int8"}, "keys and values in int8"),
+        ({"target": "aoti", "kv_dtype": "int8"}, "keys and values in int8"), ({"lowp": "int3"}, "int3"),
+        ({"target": "openvino", "lowp": "int8"}, "layers in int8"), ({"lowp": "fp8"}, "layers in fp8"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=named):
             export_engine("tinyworld", out=tmp_path / "engine", **settings)

@@ -21,17 +21,21 @@ from small_engine import (
     halve_small,
     small_engine,
 )
+from torch import nn
 from typer.testing import CliRunner
 
 import inferix
 from inferix.bench import engines
 from inferix.cli.main import app
 from inferix.errors import InferixError
+from inferix.export.backends import OnnxRuntime
 from inferix.export.engine_folder import export_engine, write_engine
+from inferix.export.int8_layers import Int8Linear
 from inferix.export.plan import Plan
+from inferix.export.programs import Program
 from inferix.export.run import ExportedEngine
 from inferix.export.targets import TARGETS
-from inferix.export.to_onnx import store_in_half
+from inferix.export.to_onnx import OnnxWriter, store_in_half
 from inferix.runtime.engine import Engine
 from inferix.runtime.sessions.output_queue import Block
 from inferix.runtime.sessions.session import Session
@@ -90,6 +94,37 @@ def test_keys_and_values_in_int8(tmp_path: Path) -> None:
     latents, _, _ = compare(ExportedEngine(folder, 1), session, switch, 12, [], 5)
     print(f"latents {latents:.2e}")
     assert latents <= 2e-3
+
+
+def test_a_layer_in_int8_is_exact_in_onnx_runtime(tmp_path: Path) -> None:
+    """All optimisations on; weights and rows at both ends of their range, whose sums would overflow in 16 bits."""
+    plain = nn.Linear(64, 24)
+    rows = torch.linspace(-3, 3, 5)[:, None] * torch.linspace(-1, 1, 64).sign() + 1e-3 * torch.arange(64)
+    with torch.no_grad():
+        plain.weight.copy_(torch.where(torch.arange(24)[:, None] % 2 == 0, 1.0, torch.linspace(-1, 1, 64)))
+        module = Int8Linear(plain, torch.int8)
+        expected = module(rows[None]).numpy()
+    program = Program("layer", module, {"x": rows[None]}, {"x": {}}, ("x",), ("y",))
+    with OnnxWriter(tmp_path) as writer:
+        writer.write(program)
+    made = OnnxRuntime(Plan(tmp_path, {}), 1).load(tmp_path / "layer.onnx", ["x"], ["y"])({"x": rows[None].numpy()})
+    np.testing.assert_allclose(made["y"], expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.slow
+def test_linear_layers_in_int8(tmp_path: Path) -> None:
+    """Files of ONNX against the model's own packed layers, in all blocks' passes, as far as roundings flip."""
+    import onnx
+
+    model = small_engine(lowp="int8")
+    folder = export_small("onnx", tmp_path / "engine", engine=model)
+    nodes = onnx.load(folder / "step.onnx", load_external_data=False).graph.node
+    assert sum(node.op_type == "MatMulInteger" for node in nodes) == 8  # q, k, v, o; q, o of the text; two of the ffn
+    session = model.open(prompt_embeds=ROWS[0], seed=5, size=SIZE)
+    switch = lambda number: session.prompt(embeds=ROWS[number])  # noqa: E731
+    latents, _, _ = compare(ExportedEngine(folder, 1), session, switch, 12, [], 5)
+    print(f"latents {latents:.2e}")
+    assert latents <= 2e-2
 
 
 def test_a_weight_beyond_float16_stays_in_float32() -> None:
