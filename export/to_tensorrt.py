@@ -113,7 +113,8 @@ def use_single_precision(path: Path) -> None:
                 attribute.i = TensorProto.FLOAT
     for tensor in model.graph.initializer:
         if tensor.data_type == TensorProto.DOUBLE:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype("float32"), tensor.name))
+            content = numpy_helper.to_array(tensor, str(path.parent))  # from the file of weights, if it is long
+            tensor.CopyFrom(numpy_helper.from_array(content.astype("float32"), tensor.name))
     for value in [*model.graph.value_info, *model.graph.output]:
         if value.type.tensor_type.elem_type == TensorProto.DOUBLE:
             value.type.tensor_type.elem_type = TensorProto.FLOAT

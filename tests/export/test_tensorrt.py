@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from small_engine import small_engine
 
 from inferix.errors import CheckpointError, InferixError
@@ -99,18 +99,20 @@ def test_operators_and_types_that_tensorrt_lacks_are_found(tmp_path: Path) -> No
 
 
 def test_float64_becomes_float32(tmp_path: Path) -> None:
-    angles = helper.make_tensor("angles", TensorProto.DOUBLE, [1], [0.5])
+    angles = numpy_helper.from_array(np.array([0.5]), "angles")
     nodes = [
         helper.make_node("Cast", ["x"], ["a"], to=TensorProto.DOUBLE), helper.make_node("Mul", ["a", "angles"], ["b"]),
         helper.make_node("Cast", ["b"], ["y"], to=TensorProto.FLOAT),
     ]  # fmt: skip
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
     path = tmp_path / "angles.onnx"
-    onnx.save(helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:], [angles])), str(path))
-    assert list(unsupported(path)) == ["type DOUBLE"]
-    use_single_precision(path)
-    onnx.checker.check_model(onnx.load(str(path)))
-    assert list(unsupported(path)) == []
+    for external in (False, True):
+        model = helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:], [angles]))
+        onnx.save(model, str(path), save_as_external_data=external, location="weights.bin", size_threshold=0)
+        assert list(unsupported(path)) == ["type DOUBLE"]
+        use_single_precision(path)
+        onnx.checker.check_model(onnx.load(str(path)))
+        assert list(unsupported(path)) == []
 
 
 @pytest.mark.slow
