@@ -102,12 +102,13 @@ MadeBlock Stream::next_block(bool decoded) {
         timeline_.uncommitted.reset();
     }
     follow_prompt();
-    Block block = denoise(made.latents);
+    Texts texts;
+    Block block = denoise(made.latents, texts);
     if (engine_->policy.commit_in_next) {
         timeline_.uncommitted = block;
         uncommitted_ = made.latents;
     } else {
-        commit(block, made.latents);
+        commit(block, made.latents, texts);
     }
     made.index = block.index;
     if (decoded) made.frames = decode(made.latents, made.pictures);
@@ -137,7 +138,7 @@ void Stream::follow_prompt() {
     }
 }
 
-Block Stream::denoise(Tensor& latents) {
+Block Stream::denoise(Tensor& latents, Texts& texts) {
     const Json &sampler = engine_->plan.at("sampler"), &first = sampler.at("first");
     auto rows = [](const Json& solver) {
         std::vector<std::vector<double>> made;
@@ -164,6 +165,7 @@ Block Stream::denoise(Tensor& latents) {
     }
     Block block = progress_[0].block;
     latents = std::move(flight_[0].latents);
+    texts = std::move(flight_[0].texts);
     progress_.erase(progress_.begin());
     flight_.erase(flight_.begin());
     if (!std::ranges::all_of(latents.data, [](float value) { return std::isfinite(value); }))
@@ -210,9 +212,12 @@ void Stream::take_step(const ScheduledPass& scheduled, const Json& solver) {
     }
 }
 
-void Stream::commit(const Block& block, const Tensor& latents) {
+void Stream::commit(const Block& block, const Tensor& latents, const Texts& texts) {
     ScheduledPass scheduled = timeline_.commit_pass(block.frames);
-    network_.run(scheduled, latents);
+    std::map<int64_t, const Texts*> own;
+    if (!texts.empty())
+        for (int64_t frame : block.frames) own[frame] = &texts;
+    network_.run(scheduled, latents, own);
     const Frames context = scheduled.window().value();
     timeline_.forget(context);
     int64_t stride = latents.stride(), oldest = block.frames.back() + 1 - engine_->policy.window;

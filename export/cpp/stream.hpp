@@ -83,10 +83,12 @@ class Stream {
     };
 
     void follow_prompt();
-    Block denoise(Tensor& latents);
+    // Take steps until the first block in flight is clean; its latents, and the texts that it follows.
+    Block denoise(Tensor& latents, Texts& texts);
     void admit(int64_t draws);
     void take_step(const ScheduledPass& scheduled, const Json& solver);
-    void commit(const Block& block, const Tensor& latents);
+    // texts: none for those in force.
+    void commit(const Block& block, const Tensor& latents, const Texts& texts = {});
     std::vector<uint8_t> decode(const Tensor& latents, int64_t& pictures);
     int64_t action_number(const std::string& action) const;
 
