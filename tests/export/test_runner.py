@@ -132,10 +132,10 @@ def compare_grouped(built: Built, folder: Path, guided: bool, tmp_path: Path) ->
         done = built.run(folder, "--out", pictures[part], "--latents", latents[part], *arguments)
         assert done.returncode == 0, done.stderr
 
-    play(0, *begin, *switches, "--blocks", 10)
+    play(0, *begin, *switches, "--blocks", 14)
     play(1, *begin, *switches[:3], "--blocks", 5, "--save", saved)
-    play(2, "--restore", saved, "--blocks", 5)
-    arguments = [*begin, *switches, "--blocks", 10, "--threads", 1, "--out", pictures[3], "--latents", latents[3]]
+    play(2, "--restore", saved, "--blocks", 9)
+    arguments = [*begin, *switches, "--blocks", 14, "--threads", 1, "--out", pictures[3], "--latents", latents[3]]
     inferix_run([str(folder), *map(str, arguments)])
     whole, first, rest, python = (np.load(path) for path in latents)
     assert python.std() > 0.1 and np.abs(whole[-len(rest) :] - rest).max() > 1e-3  # the second switch shows
@@ -143,7 +143,7 @@ def compare_grouped(built: Built, folder: Path, guided: bool, tmp_path: Path) ->
     np.testing.assert_allclose(whole, python, rtol=0, atol=1e-5 * np.abs(python).max())
     difference = np.abs(planes(pictures[0], 32) - planes(pictures[3], 32))
     assert difference.max() <= 1 and (difference > 0).mean() <= 1e-4
-    play(0, *begin, *switches[:3], "--blocks", 10)
+    play(0, *begin, *switches[:3], "--blocks", 14)
     np.testing.assert_array_equal(np.load(latents[0])[len(first) :], rest)
 
 
