@@ -177,12 +177,13 @@ class Stream:
             self.commit(self.timeline.uncommitted, self.uncommitted)
             self.timeline.uncommitted = None
         self.follow_prompt()
-        span, latents = self.denoise()
+        block = self.denoise()
+        span, latents = block.span, block.latents
         marks.append(time.perf_counter())
         if policy.commit_in_next:
             self.timeline.uncommitted, self.uncommitted = span, latents
         else:
-            self.commit(span, latents)
+            self.commit(span, latents, block.texts)
         marks.append(time.perf_counter())
         pictures = self.decode(latents) if decode else None
         marks.append(time.perf_counter())
@@ -204,8 +205,8 @@ class Stream:
         if (recache := recache_pass(self.timeline)) is not None:
             self.network.recompute(recache, np.stack([self.latents[frame] for frame in recache.run.frames]))
 
-    def denoise(self) -> tuple[Span, Array]:
-        """Take steps of the blocks in flight until the first is clean; returns its latents [F, C, h, w]."""
+    def denoise(self) -> BlockInFlight:
+        """Take steps of the blocks in flight until the first is clean, and return it."""
         sampler = self.plan["sampler"]
         first = self.timeline.next_block == 0 and sampler["first"]["matrix"] != sampler["matrix"]
         solver = sampler["first"] if first else sampler
@@ -237,7 +238,7 @@ class Stream:
         block = self.flight.pop(0)
         if not np.isfinite(block.latents).all():
             raise InferixError(f"block {block.span.index} is not finite; export another checkpoint")
-        return block.span, block.latents
+        return block
 
     def admit(self, draws: int) -> BlockInFlight:
         """Admit the next block of the timeline, and draw its noise."""
@@ -245,10 +246,10 @@ class Stream:
         noise = [normals(self.seed, span.frames, draw, shape) for draw in range(draws)]
         return BlockInFlight(span, noise, noise[0])
 
-    def commit(self, span: Span, latents: Array) -> None:
-        """Run the pass over clean latents that leaves their keys and values."""
+    def commit(self, span: Span, latents: Array, texts: Texts | None = None) -> None:
+        """Run the pass over clean latents that leaves their keys and values. texts: None for those in force."""
         scheduled = commit_pass(self.timeline, span)
-        self.network.run(scheduled, latents, {})
+        self.network.run(scheduled, latents, dict.fromkeys(span.frames, texts) if texts else {})
         context = scheduled.window
         assert context is not None
         self.timeline.forget(context)

@@ -174,12 +174,16 @@ def recache_pass(timeline: Timeline) -> ScheduledPass | None:
     policy = timeline.preset.context
     if policy.prompt_switch != "recache" or (run := timeline.recache_pass(policy.recache_sink)) is None:
         return None
+    run = replace(run, condition=timeline.preset.sampler.condition(0))
     return ScheduledPass("recache", run, clears_cache=policy.recache_sink)
 
 
 def rebuild_pass(timeline: Timeline) -> ScheduledPass | None:
     """The pass over the last clean frames that begins a segment; None where the next block needs none."""
-    return ScheduledPass("rebuild", timeline.rebuild_pass(), clears_cache=True) if timeline.rebuild_due() else None
+    if not timeline.rebuild_due():
+        return None
+    run = replace(timeline.rebuild_pass(), condition=timeline.preset.sampler.condition(0))
+    return ScheduledPass("rebuild", run, clears_cache=True)
 
 
 def reencodes_head(preset: Preset, rebuild: Pass) -> bool:

@@ -7,7 +7,7 @@ slots, positions, prompts, timesteps or states makes other latents. The plan is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,8 +22,10 @@ from inferix.export.engine_folder import write_engine
 from inferix.export.programs import Program
 from inferix.export.targets import TARGETS
 from inferix.export.to_openvino import convert
+from inferix.runtime.engine import Engine
 
 OPSET = 18
+KINDS = {torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64, torch.bool: TensorProto.BOOL}
 
 
 def toy_model(program: Program) -> onnx.ModelProto:
@@ -51,7 +53,10 @@ def toy_model(program: Program) -> onnx.ModelProto:
         tensors += [(next(names), one, program.dynamic[key]) for one in (value if isinstance(value, list) else [value])]
     total = constant(np.float32(0))
     for number, (name, tensor, _) in enumerate(tensors, 1):  # a sum is 0 for a past without frames, a mean is none
-        bent = node("Sin", node("Mul", name, constant(np.float32(0.37))))
+        real = name
+        if tensor.dtype != torch.float32:  # masks and numbers, whose order counts
+            real = node("CumSum", node("Cast", name, to=TensorProto.FLOAT), constant(np.array(0)))
+        bent = node("Sin", node("Mul", real, constant(np.float32(0.37))))
         share = constant(np.float32(number / (10 * max(tensor.numel(), 1))))
         total = node("Add", total, node("Mul", node("ReduceSum", bent, keepdims=0), share))
     with torch.no_grad():
@@ -72,15 +77,18 @@ def toy_model(program: Program) -> onnx.ModelProto:
             frames = node("ReduceMean", "latents", constant(np.array([0, 2, 3, 4])), keepdims=0)
             column = node("Reshape", frames, constant(np.array([-1, 1, 1, 1])))
             node("Add", node("Mul", column, pattern((1, *shape[1:]), number)), total, result=name)
+        elif name == "text_mask":
+            node("Greater", pattern(shape, number), constant(np.float32(-0.5)), result=name)
         else:
             level = node("Add", total, node("ReduceMean", program.names[0], keepdims=0))
             node("Sin", node("Add", pattern(shape, number), level), result=name)
         sizes = [axes.get(axis, size) for axis, size in enumerate(shape)]
-        results.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes))
+        kind = TensorProto.BOOL if name == "text_mask" else TensorProto.FLOAT
+        results.append(helper.make_tensor_value_info(name, kind, sizes))
     inputs = []
     for name, tensor, named in tensors:
         sizes = [named.get(axis, size) for axis, size in enumerate(tensor.shape)]
-        inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes))
+        inputs.append(helper.make_tensor_value_info(name, KINDS[tensor.dtype], sizes))
     graph = helper.make_graph(nodes, program.name, inputs, results, constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
 
@@ -116,7 +124,10 @@ class ToyOpenVinoWriter(ToyWriter):
 WRITERS = {"onnx": "ToyWriter", "openvino": "ToyOpenVinoWriter"}
 
 
-def export_toy(target: str, out: Path, size: tuple[int, int] = SIZE) -> Path:
-    """Write the toy engine for target onnx or openvino."""
+def export_toy(
+    target: str, out: Path, size: tuple[int, int] = SIZE, engine: Engine | None = None,
+    rows: Mapping[str, torch.Tensor] | None = None,
+) -> Path:  # fmt: skip
+    """Write the toy engine for target onnx or openvino. engine: another one than the small one, and its prompts."""
     toy = dataclasses.replace(TARGETS[target], writer=f"{__name__}:{WRITERS[target]}")
-    return write_engine(small_engine(), out, size, toy, dict(zip(PROMPTS, ROWS, strict=True)))
+    return write_engine(engine or small_engine(), out, size, toy, rows or dict(zip(PROMPTS, ROWS, strict=True)))

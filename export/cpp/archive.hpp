@@ -16,7 +16,7 @@
 
 namespace inferix {
 
-inline constexpr char save_magic[] = "inferix-stream 1\n";
+inline constexpr char save_magic[] = "inferix-stream 2\n";
 
 template <class Derived>
 class Archive {
@@ -30,13 +30,13 @@ class Archive {
     Derived& self() { return static_cast<Derived&>(*this); }
 
     template <class Value>
-        requires std::is_arithmetic_v<Value>
+        requires(std::is_arithmetic_v<Value> || std::is_enum_v<Value>)
     void one(Value& value) {
         self().bytes(&value, sizeof value);
     }
 
     void one(std::string& text) { list(text); }
-    void one(Tensor& tensor) { (*this)(tensor.shape, tensor.data); }
+    void one(Tensor& tensor) { (*this)(tensor.shape, tensor.data, tensor.kind); }
 
     template <class Value>
     void one(std::vector<Value>& values) {

@@ -19,13 +19,17 @@ class AotiProgram final : public Program {
     std::vector<Tensor> run(const std::vector<View>& inputs) override {
         c10::InferenceMode guard;
         std::vector<at::Tensor> given;
-        for (const View& view : inputs)
-            given.push_back(at::from_blob(const_cast<float*>(view.data), view.shape, at::kFloat));
+        for (const View& view : inputs) {
+            at::Tensor floats = at::from_blob(const_cast<float*>(view.data), view.shape, at::kFloat);
+            given.push_back(view.kind == Kind::real ? floats
+                                                    : floats.to(view.kind == Kind::integer ? at::kLong : at::kBool));
+        }
         std::vector<Tensor> made;
         for (const at::Tensor& result : loader_.run(given)) {
-            at::Tensor whole = result.contiguous();
+            at::Tensor whole = result.to(at::kFloat).contiguous();
             const float* data = whole.const_data_ptr<float>();
-            made.emplace_back(whole.sizes().vec(), std::vector<float>(data, data + whole.numel()));
+            made.emplace_back(whole.sizes().vec(), std::vector<float>(data, data + whole.numel()),
+                              result.scalar_type() == at::kBool ? Kind::truth : Kind::real);
         }
         return made;
     }

@@ -1,4 +1,6 @@
 // Programs by ONNX Runtime on the CPU, through its C interface.
+#include <list>
+
 #include "backend.hpp"
 #include "error.hpp"
 #include "onnxruntime_table.hpp"
@@ -40,14 +42,32 @@ ort::MemoryInfo* host_memory() {
     return made;
 }
 
-Owned<ort::Value> value_of(const View& view) {
+Owned<ort::Value> value_over(const void* elements_of, size_t bytes, const Shape& shape, int type) {
     ort::Value* value = nullptr;
-    static float none;  // ONNX Runtime refuses a null pointer, also for an empty tensor
-    void* data = view.data == nullptr ? &none : const_cast<float*>(view.data);
-    check(api().create_tensor(host_memory(), data, elements(view.shape) * sizeof(float), view.shape.data(),
-                              view.shape.size(), ort::float32, &value));
+    static double none;  // ONNX Runtime refuses a null pointer, also for an empty tensor
+    void* data = elements_of == nullptr ? &none : const_cast<void*>(elements_of);
+    check(api().create_tensor(host_memory(), data, bytes, shape.data(), shape.size(), type, &value));
     return {value, api().release_value.function};
 }
+
+// An input, and the elements that it has in place of float32.
+struct Input {
+    explicit Input(const View& view) {
+        if (view.kind == Kind::integer) {
+            integers = view.as<int64_t>();
+            value = value_over(integers.data(), integers.size() * sizeof(int64_t), view.shape, ort::int64);
+        } else if (view.kind == Kind::truth) {
+            truths = view.as<uint8_t>();
+            value = value_over(truths.data(), truths.size(), view.shape, ort::boolean);
+        } else {
+            value = value_over(view.data, elements(view.shape) * sizeof(float), view.shape, ort::float32);
+        }
+    }
+
+    std::vector<int64_t> integers;
+    std::vector<uint8_t> truths;
+    Owned<ort::Value> value{nullptr, api().release_value.function};
+};
 
 Tensor tensor_of(ort::Value* value) {
     ort::Shape* made = nullptr;
@@ -57,8 +77,14 @@ Tensor tensor_of(ort::Value* value) {
     check(api().axis_count(made, &axes));
     Shape shape(axes);
     check(api().axes(made, shape.data(), axes));
+    int type = ort::float32;
+    check(api().element_type(made, &type));
     void* data = nullptr;
     check(api().tensor_data(value, &data));
+    if (type == ort::boolean) {
+        auto* truths = static_cast<const uint8_t*>(data);
+        return Tensor(shape, std::vector<float>(truths, truths + elements(shape)), Kind::truth);
+    }
     auto* floats = static_cast<const float*>(data);
     return Tensor(shape, std::vector<float>(floats, floats + elements(shape)));
 }
@@ -72,12 +98,11 @@ class OnnxProgram final : public Program {
     }
 
     std::vector<Tensor> run(const std::vector<View>& inputs) override {
-        std::vector<Owned<ort::Value>> values;
+        std::list<Input> values;
         std::vector<const ort::Value*> given;
         std::vector<const char*> names, result_names;
         for (size_t index = 0; index < inputs.size(); ++index) {
-            values.push_back(value_of(inputs[index]));
-            given.push_back(values.back().get());
+            given.push_back(values.emplace_back(inputs[index]).value.get());
             names.push_back(entry_.inputs[index].c_str());
         }
         for (const std::string& name : entry_.outputs) result_names.push_back(name.c_str());

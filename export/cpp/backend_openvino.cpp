@@ -1,10 +1,20 @@
 // Programs by OpenVINO on the CPU.
+#include <algorithm>
+
 #include <openvino/openvino.hpp>
 
 #include "backend.hpp"
 
 namespace inferix {
 namespace {
+
+// A tensor of its own with the elements of a view.
+template <class Element>
+ov::Tensor copied(const ov::element::Type& type, const View& view) {
+    ov::Tensor made(type, ov::Shape(view.shape.begin(), view.shape.end()));
+    std::ranges::copy(view.as<Element>(), static_cast<Element*>(made.data()));
+    return made;
+}
 
 class OpenVinoProgram final : public Program {
    public:
@@ -15,17 +25,29 @@ class OpenVinoProgram final : public Program {
         static float none;  // for an empty tensor, which has no data
         for (size_t index = 0; index < inputs.size(); ++index) {
             const View& view = inputs[index];
-            void* data = view.data == nullptr ? &none : const_cast<float*>(view.data);
             ov::Shape shape(view.shape.begin(), view.shape.end());
-            request_.set_tensor(entry_.inputs[index], ov::Tensor(ov::element::f32, shape, data));
+            if (view.kind == Kind::integer) {
+                request_.set_tensor(entry_.inputs[index], copied<int64_t>(ov::element::i64, view));
+            } else if (view.kind == Kind::truth) {
+                request_.set_tensor(entry_.inputs[index], copied<char>(ov::element::boolean, view));
+            } else {
+                void* data = view.data == nullptr ? &none : const_cast<float*>(view.data);
+                request_.set_tensor(entry_.inputs[index], ov::Tensor(ov::element::f32, shape, data));
+            }
         }
         request_.infer();
         std::vector<Tensor> made;
         for (const std::string& name : entry_.outputs) {
             ov::Tensor result = request_.get_tensor(name);
-            const float* data = result.data<float>();
             ov::Shape sizes = result.get_shape();
-            made.emplace_back(Shape(sizes.begin(), sizes.end()), std::vector<float>(data, data + result.get_size()));
+            Shape shape(sizes.begin(), sizes.end());
+            if (result.get_element_type() == ov::element::boolean) {
+                const char* data = result.data<char>();
+                made.emplace_back(shape, std::vector<float>(data, data + result.get_size()), Kind::truth);
+            } else {
+                const float* data = result.data<float>();
+                made.emplace_back(shape, std::vector<float>(data, data + result.get_size()));
+            }
         }
         return made;
     }

@@ -21,7 +21,7 @@ struct Value;
 struct Shape;
 
 // Numbers of its enumerations.
-constexpr int log_errors = 3, arena = 1, default_memory = 0, float32 = 1;
+constexpr int log_errors = 3, arena = 1, default_memory = 0, float32 = 1, int64 = 7, boolean = 9;
 constexpr uint32_t version = 5;  // of the table, all of whose places below exist since then
 
 // The entry point of the library returns this.
@@ -48,7 +48,7 @@ struct At<number, Result(Arguments...)> {
 struct Functions {
     explicit Functions(const void* t)
         : error_message(t), create_env(t), create_session(t), run(t), create_session_options(t), set_threads(t),
-          create_tensor(t), tensor_data(t), axis_count(t), axes(t), shape(t), create_cpu_memory(t), release_env(t),
+          create_tensor(t), tensor_data(t), element_type(t), axis_count(t), axes(t), shape(t), create_cpu_memory(t), release_env(t),
           release_status(t), release_session(t), release_value(t), release_shape(t), release_session_options(t),
           add_session_config_entry(t) {}
 
@@ -62,6 +62,7 @@ struct Functions {
     At<49, Status*(const MemoryInfo*, void* data, size_t bytes, const int64_t* shape, size_t axes, int type, Value**)>
         create_tensor;
     At<51, Status*(Value*, void** data)> tensor_data;
+    At<60, Status*(const Shape*, int* type)> element_type;
     At<61, Status*(const Shape*, size_t*)> axis_count;
     At<62, Status*(const Shape*, int64_t* sizes, size_t count)> axes;
     At<65, Status*(const Value*, Shape**)> shape;

@@ -11,7 +11,7 @@
 namespace inferix {
 namespace {
 
-constexpr int first_version = 1, last_version = 3;  // 2 and 3 have what this runner refuses by name
+constexpr int first_version = 1, last_version = 3;
 
 void check_files(const Plan& plan) {
     for (const auto& [name, facts] : plan.at("files").object) {
@@ -94,9 +94,6 @@ Plan Plan::read(const std::filesystem::path& folder) {
         throw UsageError("engine " + where + " has version " + std::to_string(version) + "; expected " +
                          std::to_string(first_version) + " to " + std::to_string(last_version) +
                          ": export it again, or build the runner of then");
-    else if (version == last_version)
-        throw UsageError("engine " + where + " has passes in which frames see other frames or follow other texts "
-                         "(version 3), which this runner does not do; use inferix-run, or export another preset");
     if (plan.json.has("kv_dtype") && plan.at("kv_dtype").string() != "float32")
         throw UsageError("engine " + where + " has keys and values in " + plan.at("kv_dtype").string() +
                          " (kv_dtype), which this runner does not read; use inferix-run, or export it in float32");
@@ -110,6 +107,11 @@ ProgramEntry Plan::program(const std::string& name) const {
     ProgramEntry made{folder / entry.at("file").string(), {}, entry.at("outputs").strings()};
     for (const Json& input : entry.at("inputs").items()) made.inputs.push_back(input.at("name").string());
     return made;
+}
+
+bool Plan::grouped() const {
+    const std::vector<Json>& inputs = at("programs").at("step").at("inputs").items();
+    return std::ranges::any_of(inputs, [](const Json& input) { return input.at("name").string() == "text_of"; });
 }
 
 std::string Plan::fingerprint() const {
@@ -128,6 +130,17 @@ PromptTable::PromptTable(const Plan& plan) {
     rows_ = read_npy(plan.folder / text.at("rows").string());
     if (rows_.data.size() != known_.size() * size_t(words_ ? dim_ : length_ * dim_))
         throw UsageError("rows of prompts do not fit plan.json; export the engine again");
+    if (text.has("null")) null_ = read_npy(plan.folder / text.at("null").string());
+    if (has_null() && (null_.shape.size() != 3 || null_.shape[0] != 2 || null_.shape[1] < length_ || null_.shape[2] != dim_))
+        throw UsageError("rows of the null caption do not fit plan.json; export the engine again");
+}
+
+Tensor PromptTable::inputs(const Tensor& rows, bool dropped) const {
+    if (!has_null()) return rows;
+    auto null = null_.data.begin() + (dropped ? null_.stride() : 0);
+    Tensor made({1, null_.shape[1], dim_}, std::vector<float>(null, null + null_.stride()));
+    if (std::ranges::any_of(rows.data, [](float value) { return value != 0; })) std::ranges::copy(rows.data, made.data.begin());
+    return made;
 }
 
 Tensor PromptTable::encode(const std::string& prompt) const {

@@ -27,6 +27,8 @@ struct Plan {
     const Json& at(const std::string& key) const { return json.at(key); }
     bool has_program(const std::string& name) const { return at("programs").has(name); }
     ProgramEntry program(const std::string& name) const;
+    // True where programs take what each frame of a pass sees, and its text.
+    bool grouped() const;
     // Hash of the hashes of all files.
     std::string fingerprint() const;
 };
@@ -38,12 +40,18 @@ class PromptTable {
 
     // UsageError for a prompt or a word that the engine does not have.
     Tensor encode(const std::string& prompt) const;
+    // Rows of a text as the program `prompt` takes them; rows of zeros are the null caption. dropped: the branch of
+    // guidance runs without the prompt.
+    Tensor inputs(const Tensor& rows, bool dropped) const;
+    // Rows of no prompt, zeros.
+    Tensor nothing() const { return Tensor({1, length_, dim_}); }
+    bool has_null() const { return !null_.data.empty(); }
 
    private:
     bool words_;
     std::vector<std::string> known_, skipped_;
     int64_t length_, dim_;
-    Tensor rows_;
+    Tensor rows_, null_;  // null_ [2, rows, dim]: of the null caption, and of that of a dropped prompt
 };
 
 std::string read_file(const std::filesystem::path& path);

@@ -178,7 +178,7 @@ void run(const Options& options) {
     if (!to_stdout && !options.out.ends_with(".y4m"))
         throw UsageError("--out " + in_quotes(options.out) + " must end in .y4m, or be - for stdout");
     Plan plan = Plan::read(options.folder);
-    const Policy policy(plan.at("preset"));
+    const Policy policy(plan.json);
     if (options.check) {
         check_plan(plan);
         std::puts("noise and windows are those of the plan");

@@ -12,23 +12,6 @@
 namespace inferix {
 namespace {
 
-Shape shape_after(int64_t first, const Shape& rest) {
-    Shape shape{first};
-    shape.insert(shape.end(), rest.begin(), rest.end());
-    return shape;
-}
-
-Shape past_shape(const Plan& plan, int64_t window) {
-    const Json& model = plan.at("model");
-    return {window, plan.at("size").at("tokens").integer(), model.at("heads").integer(),
-            model.at("channels").integer()};
-}
-
-template <class Map, class Kept>
-void keep_known(Map& map, const Kept& kept) {
-    std::erase_if(map, [&](const auto& entry) { return !kept.contains(entry.first); });
-}
-
 // Run `call` on a program; errors of a runtime, which may have several lines and no name in them, get the name.
 template <class Call>
 auto named(const ProgramEntry& entry, const char* failed, Call call) {
@@ -44,7 +27,7 @@ auto named(const ProgramEntry& entry, const char* failed, Call call) {
 }  // namespace
 
 Engine::Engine(Plan read, int threads)
-    : plan(std::move(read)), policy(plan.at("preset")), prompts(plan), backend_(make_backend(plan, threads)) {
+    : plan(std::move(read)), policy(plan.json), prompts(plan), backend_(make_backend(plan, threads)) {
     for (const auto& [name, entry] : plan.at("programs").object) {
         ProgramEntry program = plan.program(name);
         programs_[name] = {program, named(program, "cannot be loaded", [&] { return backend_->load(program); })};
@@ -62,97 +45,25 @@ Results Engine::run(const std::string& name, const Values& values) const {
     return made;
 }
 
-Branch::Branch(const Plan& plan, Results rows)
-    : text(std::move(rows)), frequencies(plan.at("rope").at("frequencies").reals()) {
-    Shape shape = past_shape(plan, Policy(plan.at("preset")).window);
-    for (int64_t layer = 0; layer < plan.at("model").at("layers").integer(); ++layer)
-        for (const char* part : {"past_k_", "past_v_"}) past[part + std::to_string(layer)] = Tensor(shape);
-}
-
-void Branch::keep(const Frames& frames, const Frames& positions, Results results) {
-    pending = frames;
-    fresh = std::move(results);
-    for (size_t index = 0; index < frames.size(); ++index) {
-        stored[frames[index]] = positions[index];
-        shifts[frames[index]] = 0;
-        originals.erase(frames[index]);
-    }
-}
-
-void Branch::bind(const std::map<int64_t, int64_t>& seen) {
-    Frames frames;
-    for (const auto& [frame, position] : seen) frames.push_back(frame);
-    FixedWindow::Update update = slots.update(frames, pending);
-    for (auto& [name, tensor] : past) {
-        int64_t stride = tensor.stride();
-        auto at = [&](int64_t slot) { return tensor.data.begin() + slot * stride; };
-        for (auto [frame, slot] : update.writes) {
-            int64_t index = std::ranges::find(pending, frame) - pending.begin();
-            std::copy_n(fresh.at("new_" + name.substr(5)).data.begin() + index * stride, stride, at(slot));
-        }
-        for (auto [from, to] : update.moves) std::copy_n(at(from), stride, at(to));
-    }
-    pending.clear();
-    fresh.clear();
-    for (size_t slot = 0; slot < slots.frames.size(); ++slot) {
-        int64_t frame = slots.frames[slot], shift = seen.at(frame) - stored.at(frame);
-        if (shift != shifts.at(frame)) rotate(int64_t(slot), frame, shift);
-    }
-    keep_known(stored, seen);
-    keep_known(shifts, seen);
-    keep_known(originals, seen);
-}
-
-void Branch::rotate(int64_t slot, int64_t frame, int64_t shift) {
-    bool known = originals.contains(frame);
-    Results& original = originals[frame];
-    for (auto& [name, tensor] : past) {
-        if (!name.starts_with("past_k")) continue;
-        int64_t stride = tensor.stride(), channels = tensor.shape.back();
-        float* keys = tensor.data.data() + slot * stride;
-        if (!known) original[name] = Tensor({stride}, std::vector<float>(keys, keys + stride));
-        const float* source = original[name].data.data();
-        for (int64_t head = 0; head < stride; head += channels)
-            for (size_t pair = 0; pair < frequencies.size(); ++pair) {
-                double even = source[head + 2 * pair], odd = source[head + 2 * pair + 1];
-                double cos = std::cos(double(shift) * frequencies[pair]), sin = std::sin(double(shift) * frequencies[pair]);
-                keys[head + 2 * pair] = float(even * cos - odd * sin);
-                keys[head + 2 * pair + 1] = float(even * sin + odd * cos);
-            }
-    }
-    shifts[frame] = shift;
-}
-
-Values Branch::inputs() const {
-    Values values(text.begin(), text.end());
-    for (const auto& [name, tensor] : past) {
-        Shape shape = tensor.shape;
-        shape[0] = int64_t(slots.frames.size());
-        values[name] = View(tensor.data.data(), shape);
-    }
-    return values;
-}
-
 Stream::Stream(std::shared_ptr<const Engine> engine)
     : engine_(std::move(engine)),
       names_(engine_->plan.at("model").at("actions").strings()),
-      actions_{{0, 0}},
-      timeline_(engine_->policy) {}
+      timeline_(engine_->policy),
+      network_(*engine_) {}
 
 Stream::Stream(std::shared_ptr<const Engine> engine, const std::string& prompt, uint64_t seed,
                const std::vector<std::string>& actions, const std::optional<std::string>& negative)
     : Stream(std::move(engine)) {
     seed_ = seed;
     const Plan& plan = engine_->plan;
-    bool guided = plan.at("sampler").at("guidance_scale").real() != 1;
-    if (guided != negative.has_value())
+    bool guided = network_.guide.needs_negative() || engine_->policy.clean_null;
+    if (guided < negative.has_value() || (guided && !negative && !engine_->prompts.has_null()))
         throw UsageError(std::string("negative prompt: expected ") +
                          (guided ? "one, for a preset with guidance" : "none, for a preset without guidance"));
-    for (size_t index = 0; index < actions.size(); ++index) actions_[int64_t(index) + 1] = action_number(actions[index]);
-    if (!actions.empty()) actions_[int64_t(actions.size()) + 1] = 0;
+    for (size_t index = 0; index < actions.size(); ++index) network_.actions[int64_t(index) + 1] = action_number(actions[index]);
+    if (!actions.empty()) network_.actions[int64_t(actions.size()) + 1] = 0;
     rows_ = engine_->prompts.encode(prompt);
-    branches_.emplace_back(plan, condition(rows_));
-    if (negative) branches_.emplace_back(plan, condition(engine_->prompts.encode(*negative)));
+    network_.begin(rows_, negative ? engine_->prompts.encode(*negative) : engine_->prompts.nothing());
     for (const Json& shape : plan.at("decoder").at("state").items()) state_.emplace_back(shape.integers());
 }
 
@@ -179,15 +90,26 @@ void Stream::prompt(const std::string& text) {
 
 void Stream::act(const std::string& action) {
     int64_t number = action_number(action);
-    actions_.erase(actions_.lower_bound(timeline_.next_frame), actions_.end());
-    actions_[timeline_.next_frame] = number;
+    network_.actions.erase(network_.actions.lower_bound(timeline_.next_frame), network_.actions.end());
+    network_.actions[timeline_.next_frame] = number;
 }
 
 MadeBlock Stream::next_block(bool decoded) {
     MadeBlock made;
+    bool changes = change_ || timeline_.pin_next;
+    if (timeline_.uncommitted && changes && !engine_->policy.clean_null) {
+        commit(*timeline_.uncommitted, uncommitted_);
+        timeline_.uncommitted.reset();
+    }
     follow_prompt();
-    Block block = denoise(made.latents);
-    commit(block, made.latents);
+    Texts texts;
+    Block block = denoise(made.latents, texts);
+    if (engine_->policy.commit_in_next) {
+        timeline_.uncommitted = block;
+        uncommitted_ = made.latents;
+    } else {
+        commit(block, made.latents, texts);
+    }
     made.index = block.index;
     if (decoded) made.frames = decode(made.latents, made.pictures);
     return made;
@@ -203,96 +125,115 @@ void Stream::follow_prompt() {
             rows_.data[index] = change.before.data[index] +
                                 float(share) * (change.after.data[index] - change.before.data[index]);
     if (--change.left == 0) change_.reset();
-    Branch& branch = branches_[0];
-    branch.text = condition(rows_);
-    if (std::optional<Pass> pass = timeline_.recache_pass()) {
-        Tensor latents(shape_after(1, shape_after(int64_t(pass->frames.size()),
-                                                  engine_->plan.at("size").at("latent").integers())));
+    if (engine_->policy.joins)
+        for (InFlight& block : flight_)
+            if (block.texts.empty()) block.texts = network_.texts;
+    network_.follow(rows_);
+    if (std::optional<ScheduledPass> recache = timeline_.recache_pass()) {
+        const Frames frames = recache->run.frames();
+        Tensor latents(shape_after(int64_t(frames.size()), engine_->plan.at("size").at("latent").integers()));
         auto place = latents.data.begin();
-        for (int64_t frame : pass->frames) place = std::ranges::copy(latents_.at(frame), place).out;
-        keep(branch, *pass, {{"latents", latents}});
+        for (int64_t frame : frames) place = std::ranges::copy(latents_.at(frame), place).out;
+        network_.recompute(*recache, latents);
     }
 }
 
-Block Stream::denoise(Tensor& latents) {
-    const Json& sampler = engine_->plan.at("sampler");
-    Block block = timeline_.admit();
-    Pass pass = timeline_.denoise_pass(block.frames);
-    const Json& first = sampler.at("first");
+Block Stream::denoise(Tensor& latents, Texts& texts) {
+    const Json &sampler = engine_->plan.at("sampler"), &first = sampler.at("first");
     auto rows = [](const Json& solver) {
         std::vector<std::vector<double>> made;
         for (const Json& row : solver.at("matrix").items()) made.push_back(row.reals());
         return made;
     };
-    bool own = block.index == 0 && rows(first) != rows(sampler);
+    bool own = timeline_.next_block == 0 && rows(first) != rows(sampler);
     const Json& solver = own ? first : sampler;
     const std::vector<double> timesteps = solver.at("timesteps").reals();
-    const Shape shape = engine_->plan.at("size").at("latent").integers();
-    std::vector<Tensor> seen;  // draws of noise, then velocities: what a row of the matrix weighs
-    for (int64_t draw = 0; draw < solver.at("draws").integer(); ++draw)
-        seen.push_back(normals(seed_, block.frames, uint32_t(draw), shape));
-    latents = seen[0];
-    Shape batch = shape_after(1, latents.shape);
-    bool whole = engine_->has("steps") && !own && branches_.size() == 1;
-    if (whole) {
-        Tensor noise(shape_after(int64_t(seen.size()), latents.shape));
-        auto place = noise.data.begin();
-        for (const Tensor& draw : seen) place = std::ranges::copy(draw.data, place).out;
-        Results made;
-        Values values = pass_inputs(pass, branches_[0], timesteps[0], made);
-        values["noise"] = noise;
-        latents.data = std::move(engine_->run("steps", values).at("clean").data);
-    }
-    for (size_t step = 0; !whole && step < timesteps.size(); ++step) {
-        std::vector<Tensor> velocities;
-        for (Branch& branch : branches_) {
-            Results made;
-            Values values = pass_inputs(pass, branch, timesteps[step], made);
-            values["latents"] = View(latents.data.data(), batch);
-            velocities.push_back(std::move(engine_->run("step", values).at("velocity")));
-        }
-        if (velocities.size() > 1) {
-            auto scale = float(sampler.at("guidance_scale").real());
-            for (size_t index = 0; index < latents.data.size(); ++index) {
-                float negative = velocities[1].data[index];
-                velocities[0].data[index] = negative + scale * (velocities[0].data[index] - negative);
-            }
-        }
-        seen.push_back(std::move(velocities[0]));
-        std::vector<double> weights = solver.at("matrix").items()[step].reals();
-        for (size_t index = 0; index < latents.data.size(); ++index) {
-            double total = 0;
-            for (size_t term = 0; term < weights.size(); ++term)
-                if (weights[term] != 0) total += weights[term] * double(seen[term].data[index]);
-            latents.data[index] = float(total);
+    Frames seen;
+    while (progress_.empty() || progress_[0].step < int64_t(timesteps.size())) {
+        if (timeline_.joins(progress_)) admit(solver.at("draws").integer());
+        ScheduledPass scheduled = timeline_.denoise_pass(progress_, timesteps, seen);
+        if (std::optional<Frames> cached = scheduled.window()) timeline_.forget(*cached);
+        if (engine_->has("steps") && !own && network_.texts.size() == 1) {
+            Tensor noise(shape_after(int64_t(flight_[0].seen.size()), flight_[0].latents.shape));
+            auto place = noise.data.begin();
+            for (const Tensor& draw : flight_[0].seen) place = std::ranges::copy(draw.data, place).out;
+            flight_[0].latents = network_.run_steps(scheduled, noise);
+            progress_[0].step = int64_t(timesteps.size());
+        } else {
+            take_step(scheduled, solver);
         }
     }
+    Block block = progress_[0].block;
+    latents = std::move(flight_[0].latents);
+    texts = std::move(flight_[0].texts);
+    progress_.erase(progress_.begin());
+    flight_.erase(flight_.begin());
     if (!std::ranges::all_of(latents.data, [](float value) { return std::isfinite(value); }))
         throw std::runtime_error("block " + std::to_string(block.index) + " is not finite; export another checkpoint");
     return block;
 }
 
-void Stream::commit(const Block& block, const Tensor& latents) {
-    Pass pass = timeline_.commit_pass(block.frames);
-    View batch(latents.data.data(), shape_after(1, latents.shape));
-    for (Branch& branch : branches_) keep(branch, pass, {{"latents", batch}});
-    timeline_.forget(pass.context);
+// Admit the next block of the timeline, and draw its noise.
+void Stream::admit(int64_t draws) {
+    const Shape shape = engine_->plan.at("size").at("latent").integers();
+    Block block = timeline_.admit();
+    InFlight made;
+    for (int64_t draw = 0; draw < draws; ++draw)
+        made.seen.push_back(normals(seed_, block.frames, uint32_t(draw), shape));
+    made.latents = made.seen[0];
+    progress_.push_back({std::move(block), 0});
+    flight_.push_back(std::move(made));
+}
+
+// Run one step of the blocks in flight, and advance their latents by the solver.
+void Stream::take_step(const ScheduledPass& scheduled, const Json& solver) {
+    std::vector<const Tensor*> parts;
+    std::map<int64_t, const Texts*> texts;
+    if (scheduled.commits) parts.push_back(&uncommitted_);
+    for (size_t index = 0; index < flight_.size(); ++index) {
+        parts.push_back(&flight_[index].latents);
+        if (flight_[index].texts.empty()) continue;
+        for (int64_t frame : progress_[index].block.frames) texts[frame] = &flight_[index].texts;
+    }
+    Tensor velocity = network_.run(scheduled, joined(parts), texts);
+    int64_t begin = scheduled.commits ? uncommitted_.shape[0] : 0;
+    for (size_t number = 0; number < flight_.size(); ++number) {
+        InFlight& block = flight_[number];
+        int64_t end = begin + block.latents.shape[0];
+        block.seen.push_back(rows_of(velocity, begin, end));
+        begin = end;
+        const std::vector<double> weights = solver.at("matrix").items()[progress_[number].step++].reals();
+        for (size_t index = 0; index < block.latents.data.size(); ++index) {
+            double total = 0;
+            for (size_t term = 0; term < weights.size(); ++term)
+                if (weights[term] != 0) total += weights[term] * double(block.seen[term].data[index]);
+            block.latents.data[index] = float(total);
+        }
+    }
+}
+
+void Stream::commit(const Block& block, const Tensor& latents, const Texts& texts) {
+    ScheduledPass scheduled = timeline_.commit_pass(block.frames);
+    std::map<int64_t, const Texts*> own;
+    if (!texts.empty())
+        for (int64_t frame : block.frames) own[frame] = &texts;
+    network_.run(scheduled, latents, own);
+    const Frames context = scheduled.window().value();
+    timeline_.forget(context);
     int64_t stride = latents.stride(), oldest = block.frames.back() + 1 - engine_->policy.window;
     for (size_t index = 0; index < block.frames.size(); ++index) {
         auto begin = latents.data.begin() + int64_t(index) * stride;
         latents_[block.frames[index]] = std::vector<float>(begin, begin + stride);
     }
-    std::erase_if(latents_, [&](const auto& entry) {
-        return entry.first < oldest && std::ranges::find(pass.context, entry.first) == pass.context.end();
-    });
+    std::erase_if(latents_, [&](const auto& entry) { return entry.first < oldest && !contains(context, entry.first); });
 }
 
 std::vector<uint8_t> Stream::decode(const Tensor& latents, int64_t& pictures) {
     const Json& decoder = engine_->plan.at("decoder");
     std::vector<uint8_t> made;
     Shape one = latents.shape;
-    one[0] = 1;
-    for (int64_t index = 0; index < latents.shape[0]; ++index, ++decoded_) {
+    one[0] = decoder.has("frames") ? decoder.at("frames").integer() : 1;
+    for (int64_t index = 0; index < latents.shape[0]; index += one[0], ++decoded_) {
         Values values{{"latents", View(latents.data.data() + index * latents.stride(), one)}};
         for (size_t slot = 0; slot < state_.size(); ++slot) values["state_" + std::to_string(slot)] = state_[slot];
         Results results = engine_->run(decoded_ ? "decode_next" : decoder.at("first").string(), values);
@@ -312,58 +253,10 @@ std::vector<uint8_t> Stream::decode(const Tensor& latents, int64_t& pictures) {
     return made;
 }
 
-Results Stream::condition(const Tensor& rows) const { return engine_->run("prompt", {{"rows", rows}}); }
-
-void Stream::keep(Branch& branch, const Pass& pass, Values values) {
-    Results made;
-    values.merge(pass_inputs(pass, branch, engine_->plan.at("sampler").at("context_timestep").real(), made));
-    std::map<int64_t, int64_t> all = positions(pass);
-    Frames own;
-    for (int64_t frame : pass.frames) own.push_back(all.at(frame));
-    branch.keep(pass.frames, own, engine_->run("commit", values));
-}
-
-std::map<int64_t, int64_t> Stream::positions(const Pass& pass) const {
-    // where positions move with the window, they count on from the pass's own frames, so that keys can stay as they are
-    int64_t moved = engine_->policy.moving ? pass.frames[0] - pass.position_of(pass.frames[0]) : 0;
-    std::map<int64_t, int64_t> made;
-    for (size_t index = 0; index < pass.context.size(); ++index)
-        made[pass.context[index]] = pass.positions[index] + moved;
-    return made;
-}
-
-Values Stream::pass_inputs(const Pass& pass, Branch& branch, double timestep, Results& made) {
-    std::map<int64_t, int64_t> all = positions(pass), seen = all;
-    for (int64_t frame : pass.frames) seen.erase(frame);
-    branch.bind(seen);
-    int64_t count = int64_t(pass.frames.size()), pairs = int64_t(branch.frequencies.size());
-    Tensor cos({count, pairs}), sin({count, pairs});
-    for (int64_t index = 0; index < count; ++index)
-        for (int64_t pair = 0; pair < pairs; ++pair) {
-            double angle = double(all.at(pass.frames[index])) * branch.frequencies[pair];
-            cos.data[index * pairs + pair] = float(std::cos(angle));
-            sin.data[index * pairs + pair] = float(std::sin(angle));
-        }
-    made["rope_cos"] = std::move(cos);
-    made["rope_sin"] = std::move(sin);
-    made["timesteps"] = Tensor({1, count}, std::vector<float>(count, float(timestep)));
-    if (!names_.empty()) {
-        Tensor chosen({1, count, int64_t(names_.size())});
-        for (int64_t index = 0; index < count; ++index) {
-            int64_t number = std::prev(actions_.upper_bound(pass.frames[index]))->second;
-            chosen.data[index * int64_t(names_.size()) + number] = 1;
-        }
-        made["actions"] = std::move(chosen);
-    }
-    Values values = branch.inputs();
-    for (const auto& [name, tensor] : made) values[name] = tensor;
-    return values;
-}
-
 template <class Archive>
 void Stream::transfer(Archive& archive) {
     Timeline& t = timeline_;
-    archive(seed_, actions_, t.next_block, t.next_frame, t.shot, t.pin_next, t.sink, t.pinned, t.places, rows_,
+    archive(seed_, t.next_block, t.next_frame, t.shot, t.pin_next, t.sink, t.pinned, t.places, rows_,
             latents_, state_, decoded_);
     bool changing = change_.has_value();
     archive(changing);
@@ -371,14 +264,54 @@ void Stream::transfer(Archive& archive) {
         if (!change_) change_.emplace();
         archive(change_->before, change_->after, change_->left, change_->blocks);
     }
-    for (Branch& b : branches_)
-        archive(b.text, b.slots.frames, b.past, b.pending, b.fresh, b.stored, b.shifts, b.originals);
+    transfer_texts(archive);
+    bool waits = t.uncommitted.has_value();
+    archive(waits);
+    if (waits) {
+        if (!t.uncommitted) t.uncommitted.emplace();
+        archive(t.uncommitted->index, t.uncommitted->frames, uncommitted_);
+    }
+    network_.transfer(archive);
+}
+
+// Texts that several branches or blocks follow are one text before and after.
+template <class Archive>
+void Stream::transfer_texts(Archive& archive) {
+    uint64_t blocks = flight_.size();
+    archive(blocks);
+    if constexpr (Archive::reads)
+        if (blocks > uint64_t(engine_->policy.window_blocks)) throw archive.damaged();
+    flight_.resize(blocks);
+    progress_.resize(blocks);
+    std::vector<Texts*> lists{&network_.texts, &network_.nulls};
+    for (size_t index = 0; index < blocks; ++index) {
+        Progress& one = progress_[index];
+        archive(one.block.index, one.block.frames, one.step, flight_[index].seen, flight_[index].latents);
+        lists.push_back(&flight_[index].texts);
+    }
+    std::vector<Text> known;
+    for (const Texts* list : lists)
+        for (const Text& text : *list)
+            if (std::ranges::find(known, text) == known.end()) known.push_back(text);
+    uint64_t count = known.size();
+    archive(count);
+    for (uint64_t number = 0; number < count; ++number) {
+        Results content;
+        if (number < known.size()) content = *known[number];
+        archive(content);
+        if (number >= known.size()) known.push_back(std::make_shared<Results>(std::move(content)));
+    }
+    for (Texts* list : lists) {
+        std::vector<uint64_t> numbers;
+        for (const Text& text : *list) numbers.push_back(uint64_t(std::ranges::find(known, text) - known.begin()));
+        archive(numbers);
+        list->clear();
+        for (uint64_t number : numbers) list->push_back(known.at(number));
+    }
 }
 
 void Stream::save(const std::filesystem::path& path) const {
     SaveFile file(path, engine_->plan.fingerprint());
-    uint64_t branches = branches_.size();
-    file(branches);
     const_cast<Stream*>(this)->transfer(file);  // an archive that writes changes nothing
     file.finish();
 }
@@ -386,10 +319,6 @@ void Stream::save(const std::filesystem::path& path) const {
 Stream Stream::restore(std::shared_ptr<const Engine> engine, const std::filesystem::path& path) {
     LoadFile file(path, engine->plan.fingerprint());
     Stream stream(std::move(engine));
-    uint64_t branches = 0;
-    file(branches);
-    if (branches < 1 || branches > 2) throw file.damaged();
-    for (uint64_t branch = 0; branch < branches; ++branch) stream.branches_.emplace_back(stream.engine_->plan, Results());
     stream.transfer(file);
     file.finish();
     return stream;
@@ -403,14 +332,31 @@ void check_plan(const Plan& plan) {
     for (size_t index = 0; index < expected.size(); ++index)
         if (noise.data[index] != float(expected[index]))
             throw UsageError("noise of the plan differs at element " + std::to_string(index));
-    Timeline timeline{Policy(plan.at("preset"))};
-    for (const Json& window : plan.at("check").at("windows").items()) {
-        Block block = timeline.admit();
-        Pass pass = timeline.commit_pass(block.frames);
-        if (pass.frames != window.at("frames").integers() || pass.context != window.at("context").integers() ||
-            pass.positions != window.at("positions").integers())
-            throw UsageError("window of block " + std::to_string(block.index) + " differs from the plan's");
-        timeline.forget(pass.context);
+    Timeline timeline{Policy(plan.json)};
+    const Json& sampler = plan.at("sampler");
+    const std::vector<Json>& listed = plan.at("check").at("windows").items();
+    std::vector<Progress> flight;
+    for (size_t place = 0; place < listed.size();) {
+        const std::vector<double> timesteps =
+            (timeline.next_block == 0 ? sampler.at("first") : sampler).at("timesteps").reals();
+        ScheduledPass last;
+        Frames seen;
+        while (flight.empty() || flight[0].step < int64_t(timesteps.size())) {
+            if (timeline.joins(flight)) flight.push_back({timeline.admit(), 0});
+            last = timeline.denoise_pass(flight, timesteps, seen);
+            for (Progress& one : flight) ++one.step;
+        }
+        Block block = flight[0].block;
+        flight.erase(flight.begin());
+        if (timeline.policy.commit_in_next) timeline.uncommitted = block;
+        else last = timeline.commit_pass(block.frames);
+        if (std::optional<Frames> cached = last.window()) timeline.forget(*cached);
+        for (const Group& group : last.run.groups) {
+            const Json& window = listed.at(place++);
+            if (group.frames != window.at("frames").integers() || group.context != window.at("context").integers() ||
+                group.positions != window.at("positions").integers())
+                throw UsageError("window of block " + std::to_string(block.index) + " differs from the plan's");
+        }
     }
 }
 

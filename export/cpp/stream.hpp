@@ -9,14 +9,12 @@
 #include <vector>
 
 #include "backend.hpp"
+#include "network.hpp"
 #include "plan.hpp"
 #include "tensor.hpp"
 #include "timeline.hpp"
 
 namespace inferix {
-
-using Values = std::map<std::string, View>;
-using Results = std::map<std::string, Tensor>;
 
 // The programs and the plan of a folder; several streams can share one.
 class Engine {
@@ -39,30 +37,6 @@ class Engine {
     };
     std::unique_ptr<Backend> backend_;
     std::map<std::string, Loaded> programs_;
-};
-
-// A past under one prompt: its cross keys and values, and keys and values of the frames in each slot.
-struct Branch {
-    Branch(const Plan& plan, Results text);
-
-    // Take the keys and values that a pass left for its frames, at these positions.
-    void keep(const Frames& frames, const Frames& positions, Results fresh);
-    // Bring the slots up to date for a pass that sees `past`, frames with their positions as the pass counts them.
-    void bind(const std::map<int64_t, int64_t>& past);
-    // Inputs of the past and the prompt.
-    Values inputs() const;
-
-    Results text;
-    FixedWindow slots;
-    std::vector<double> frequencies;
-    Results past;                                // by `past_k_0`, ...: [window, tokens, heads, channels]
-    Frames pending;                              // frames whose keys and values are in `fresh` and not yet in slots
-    Results fresh;                               // by `new_k_0`, ...
-    std::map<int64_t, int64_t> stored, shifts;   // position of a frame's keys, and how much further they are rotated
-    std::map<int64_t, Results> originals;        // keys as stored, of frames that have been rotated further
-
-   private:
-    void rotate(int64_t slot, int64_t frame, int64_t shift);
 };
 
 // latents [F, C, h, w]; frames [T, H, W, 3] bytes, none if it was not decoded.
@@ -100,28 +74,39 @@ class Stream {
         int64_t left, blocks;
     };
 
+    // A block being denoised. seen: draws of noise, then velocities, which a row of the solver's matrix weighs. texts:
+    // those that it follows; none for those in force.
+    struct InFlight {
+        std::vector<Tensor> seen;
+        Tensor latents;
+        Texts texts;
+    };
+
     void follow_prompt();
-    Block denoise(Tensor& latents);
-    void commit(const Block& block, const Tensor& latents);
+    // Take steps until the first block in flight is clean; its latents, and the texts that it follows.
+    Block denoise(Tensor& latents, Texts& texts);
+    void admit(int64_t draws);
+    void take_step(const ScheduledPass& scheduled, const Json& solver);
+    // texts: none for those in force.
+    void commit(const Block& block, const Tensor& latents, const Texts& texts = {});
     std::vector<uint8_t> decode(const Tensor& latents, int64_t& pictures);
-    Results condition(const Tensor& rows) const;
-    void keep(Branch& branch, const Pass& pass, Values values);
-    std::map<int64_t, int64_t> positions(const Pass& pass) const;
-    // Inputs of a pass but its latents; `made` holds those that are computed.
-    Values pass_inputs(const Pass& pass, Branch& branch, double timestep, Results& made);
     int64_t action_number(const std::string& action) const;
 
     template <class Archive>
     void transfer(Archive& archive);
+    template <class Archive>
+    void transfer_texts(Archive& archive);
 
     std::shared_ptr<const Engine> engine_;
     uint64_t seed_ = 0;
     std::vector<std::string> names_;
-    std::map<int64_t, int64_t> actions_;  // number of the action by the first frame that has it
     Timeline timeline_;
     Tensor rows_;
     std::optional<Change> change_;
-    std::vector<Branch> branches_;
+    Network network_;
+    std::vector<Progress> progress_;  // of the blocks in flight
+    std::vector<InFlight> flight_;    // the same blocks
+    Tensor uncommitted_;              // latents of the last block, which the next one's first pass commits
     std::map<int64_t, std::vector<float>> latents_;  // clean latents by frame, as far back as a recache goes
     std::vector<Tensor> state_;                      // of the decoder
     int64_t decoded_ = 0;

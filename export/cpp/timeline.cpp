@@ -1,47 +1,41 @@
 #include "timeline.hpp"
 
 #include <algorithm>
-#include <numeric>
 #include <set>
 
 #include "error.hpp"
 
 namespace inferix {
-namespace {
 
-bool contains(const Frames& frames, int64_t frame) { return std::ranges::find(frames, frame) != frames.end(); }
-
-Frames range(int64_t begin, int64_t end) {
-    Frames made(std::max<int64_t>(end - begin, 0));
-    std::iota(made.begin(), made.end(), begin);
-    return made;
-}
-
-}  // namespace
-
-Policy::Policy(const Json& preset) {
-    const Json& context = preset.at("context");
+Policy::Policy(const Json& plan) {
+    const Json &preset = plan.at("preset"), &context = preset.at("context"), &sampler = plan.at("sampler");
     block = preset.at("num_frame_per_block").integer();
     single_first = preset.at("independent_first_frame").truth();
+    window_blocks = preset.at("window_blocks").integer();
+    steps = int64_t(sampler.at("timesteps").items().size());
     window = context.at("local_attn_size").integer();
     sink_size = context.at("sink_size").integer();
     shot_offset = context.at("shot_offset").integer();
     blend_blocks = context.at("blend_blocks").integer();
     relative = context.at("positions").string() == "window-relative";
+    contiguous = context.at("positions").string() == "contiguous";
     moving = context.at("positions").string() != "absolute";
     commit_sees_sink = context.at("commit_sees_sink").truth();
     recaches = context.at("prompt_switch").string() == "recache";
     blends = context.at("prompt_switch").string() == "blend";
+    joins = context.at("prompt_switch").string() == "join";
     recache_sink = context.at("recache_sink").truth();
-    const std::string name = preset.at("name").string();
-    if (preset.at("window_blocks").integer() != 1)
-        throw UsageError("preset " + name + " has several blocks in flight (window_blocks " +
-                         std::to_string(preset.at("window_blocks").integer()) +
-                         "), which this runner does not do; use inferix-run, or export another preset");
+    commit_in_next = context.at("commit_in_next").truth();
+    clean_null = context.at("clean_text").string() == "null";
+    clean_range = context.at("clean_chunk_kvrange").integer();
+    ranges = context.at("noise2clean_kvrange").integers();
+    context_timestep = sampler.at("context_timestep").real();
+    if (sampler.has("rules") && sampler.at("rules").has("conditions"))
+        conditions = sampler.at("rules").at("conditions").reals();
     bool supported = window > 0 && context.at("commit").truth() && context.at("segment_frames").integer() == 0 &&
-                     context.at("sink_decay").real() == 1;
+                     context.at("sink_decay").real() == 1 && !context.at("rest_sink").truth();
     if (!supported)
-        throw UsageError("preset " + name +
+        throw UsageError("preset " + preset.at("name").string() +
                          " needs what this runner does not do; use inferix-run, or export another preset");
 }
 
@@ -51,8 +45,15 @@ int64_t Policy::blocks_for(int64_t frames) const {
     return blocks;
 }
 
-int64_t Pass::position_of(int64_t frame) const {
-    return positions[std::ranges::find(context, frame) - context.begin()];
+int64_t Policy::slots() const {
+    // A block that is denoised alone is seen while the block before still sees its own window.
+    int64_t both = commit_in_next && window_blocks == 1 ? block : 0;
+    return window + (commit_sees_sink ? 0 : sink_size) + both;
+}
+
+std::optional<double> Policy::condition(int64_t step) const {
+    if (conditions.empty()) return std::nullopt;
+    return conditions[step];
 }
 
 Timeline::Timeline(const Policy& rules) : policy(rules), sink(range(0, rules.sink_size)) {}
@@ -88,20 +89,96 @@ Frames Timeline::visible(int64_t end) const {
     return {kept.begin(), kept.end()};
 }
 
-Pass Timeline::pass(Frames frames, Frames context) const {
-    Frames positions = range(0, int64_t(context.size()));
-    if (!policy.relative) std::ranges::transform(context, positions.begin(), [&](int64_t f) { return places.at(f); });
-    return {std::move(frames), std::move(context), std::move(positions)};
+// Frames of a context that the last of `blocks` blocks sees, which ends before `end`; sink and pinned frames stay.
+Frames Timeline::key_range(int64_t blocks, int64_t end, const Frames& context) const {
+    int64_t start = end - blocks * policy.block;
+    Frames seen;
+    for (int64_t frame : context)
+        if (frame < end && (frame >= start || in_sink(frame) || contains(pinned, frame))) seen.push_back(frame);
+    return seen;
 }
 
-Pass Timeline::denoise_pass(const Frames& frames) const { return pass(frames, visible(frames.back() + 1)); }
+Frames Timeline::positions(const Frames& context, bool write) const {
+    if (policy.relative) return range(0, int64_t(context.size()));
+    if (policy.contiguous && !write) {
+        int64_t end = places.at(context.back()) + 1;
+        return range(end - int64_t(context.size()), end);
+    }
+    Frames made;
+    for (int64_t frame : context) made.push_back(places.at(frame));
+    return made;
+}
 
-Pass Timeline::commit_pass(const Frames& frames) const {
+Group Timeline::clean_group(const Frames& frames, Frames context) const {
+    Frames at = positions(context, true);
+    return {frames, policy.context_timestep, std::move(context), std::move(at), true, false, policy.clean_null};
+}
+
+Group Timeline::commit_group(const Frames& frames) const {
     int64_t end = frames.back() + 1;
-    return pass(frames, policy.commit_sees_sink ? visible(end) : range(std::max<int64_t>(0, end - policy.window), end));
+    if (policy.clean_range > 0) return clean_group(frames, key_range(policy.clean_range, end, visible(next_frame)));
+    if (policy.commit_sees_sink) return clean_group(frames, visible(end));
+    return clean_group(frames, range(std::max<int64_t>(0, end - policy.window), end));
 }
 
-std::optional<Pass> Timeline::recache_pass() {
+bool Timeline::joins(const std::vector<Progress>& flight) const {
+    int64_t between = policy.steps / policy.window_blocks;
+    return flight.empty() || (int64_t(flight.size()) < policy.window_blocks && flight.back().step >= between);
+}
+
+ScheduledPass Timeline::denoise_pass(
+    const std::vector<Progress>& flight, const std::vector<double>& timesteps, Frames& seen) {
+    int64_t steps = int64_t(timesteps.size()), shares = int64_t(policy.ranges.size());
+    Frames all = visible(flight.back().block.frames.back() + 1);
+    bool write = policy.window_blocks == 1;
+    ScheduledPass made;
+    if (uncommitted) made.run.groups.push_back(commit_group(uncommitted->frames));
+    for (const Progress& one : flight) {
+        const Frames& frames = one.block.frames;
+        Frames context = all;
+        if (shares > 0) context = key_range(policy.ranges[one.step * shares / steps], frames.back() + 1, all);
+        Frames at = positions(context, write);
+        made.run.groups.push_back({frames, timesteps[one.step], std::move(context), std::move(at), write});
+    }
+    made.run.condition = policy.condition(flight.back().step);
+    made.commits = uncommitted.has_value();
+    uncommitted.reset();
+    if (policy.has_ranges()) made.beside = beside(made.run);
+    if (made.commits) {
+        seen = made.window().value_or(Frames());
+    } else if (!made.run.written().empty()) {
+        std::set<int64_t> kept(made.beside.begin(), made.beside.end());
+        kept.insert(seen.begin(), seen.end());
+        made.beside.assign(kept.begin(), kept.end());
+    }
+    return made;
+}
+
+ScheduledPass Timeline::commit_pass(const Frames& frames) const {
+    Pass run{{commit_group(frames)}, policy.condition(0)};
+    Frames kept = beside(run);
+    return {std::move(run), std::move(kept)};
+}
+
+// Frames that the cache keeps although a pass that writes does not see them: those of the sink before all that it sees;
+// with key ranges, all clean frames in the window of the newest block.
+Frames Timeline::beside(const Pass& run) const {
+    Frames kept;
+    if (policy.has_ranges()) {
+        int64_t end = 0;
+        for (int64_t frame : run.written()) end = std::max(end, frame + 1);
+        for (int64_t frame : visible(next_frame))
+            if (frame < end) kept.push_back(frame);
+        return kept;
+    }
+    int64_t first = next_frame;
+    for (const Group& group : run.groups) first = std::min(first, group.context.front());
+    for (int64_t frame : sink)
+        if (frame < first) kept.push_back(frame);
+    return kept;
+}
+
+std::optional<ScheduledPass> Timeline::recache_pass() {
     int64_t end = next_frame, first = std::max<int64_t>(0, end - policy.window);
     if (!policy.recaches || end == 0) return std::nullopt;
     Frames context = visible(end);
@@ -113,7 +190,7 @@ std::optional<Pass> Timeline::recache_pass() {
     for (int64_t frame : context)
         if (policy.recache_sink || first == 0 || !in_sink(frame)) frames.push_back(frame);
     if (frames.empty()) return std::nullopt;
-    return pass(std::move(frames), std::move(context));
+    return ScheduledPass{Pass{{clean_group(frames, std::move(context))}, policy.condition(0)}, {}};
 }
 
 void Timeline::forget(const Frames& held) {

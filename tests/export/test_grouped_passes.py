@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 from engine_modules import NAMES, modules_of
-from oracles import SIZE, make_engine
+from grouped_engines import CASES, PRESETS, TEXTS, magi, rows_of, small
+from oracles import SIZE
 from safetensors.torch import load_file
 
 import inferix
@@ -34,30 +35,6 @@ from inferix.models.rope import Rope
 from inferix.runtime.engine import Engine
 from inferix.runtime.limits import Limits
 from inferix.runtime.sessions.session import Session
-
-PRESETS = ("magi-tiny", "magi-tiny-distill")
-TEXTS = ("a hill", "a lake", "fog")
-DAMPING = 0.7  # of the random weights; with larger ones the guidance of a base model enlarges any error block by block
-
-
-@cache
-def magi(preset: str, **settings: Any) -> Engine:
-    """A random model. Its blocks are of three latent frames, which the decoder takes at once."""
-    engine = inferix.load("magi-tiny", preset, device="cpu", dtype="float32", executor="eager", num_steps=8, **settings)
-    for name, parameter in engine.parts.transformer.named_parameters():
-        if parameter.ndim > 1 and not name.startswith("y_embedder"):
-            parameter.data.mul_(DAMPING)
-    return engine
-
-
-@cache
-def rows_of(engine: Engine) -> dict[str, torch.Tensor]:
-    """Rows of captions of different lengths; what stands behind them is not seen."""
-    spec, generator = engine.spec, torch.Generator().manual_seed(1)
-    captions = [torch.randn(count, spec.text_dim, generator=generator) for count, _ in enumerate(TEXTS, 3)]
-    empty = torch.zeros(spec.text_len, spec.text_dim)
-    return {text: torch.cat((rows, empty[len(rows) :])) for text, rows in zip(TEXTS, captions, strict=True)}
-
 
 write = partial(write_engine, size=SIZE, target=NAMES)
 
@@ -84,9 +61,10 @@ class Errors:
 
 def steered(engine: Engine, open_exported: Callable[..., Any], blocks: int) -> tuple[float, int, float]:
     """Stream an engine and its model with three prompt switches, the last past the window; returns their errors."""
-    rows, errors = rows_of(engine), Errors()
-    stream = open_exported(TEXTS[0], 7)
-    with engine.open(prompt_embeds=rows[TEXTS[0]], seed=7, size=SIZE) as session:
+    rows, errors, guided = rows_of(engine), Errors(), engine.preset.sampler.guidance_scale != 1
+    negative = {"negative_embeds": rows[TEXTS[2]]} if guided else {}
+    stream = open_exported(TEXTS[0], 7, negative_prompt=TEXTS[2]) if guided else open_exported(TEXTS[0], 7)
+    with engine.open(prompt_embeds=rows[TEXTS[0]], seed=7, size=SIZE, **negative) as session:
         for index in range(blocks):
             if index in (1, 3, blocks - 2):
                 text = TEXTS[(1, 3, blocks - 2).index(index) - 2]
@@ -95,31 +73,6 @@ def steered(engine: Engine, open_exported: Callable[..., Any], blocks: int) -> t
             (block,) = session.stream(1)
             errors.add(stream.next_block(), block)
     return errors.facts
-
-
-def small(**settings: Any) -> Engine:
-    return make_engine("self-forcing", dtype="float32", local_attn_size=9, **settings)
-
-
-def ranged(**settings: Any) -> Engine:
-    ranges = {"noise2clean_kvrange": (3, 1), "clean_chunk_kvrange": 1}
-    return small(prompt_switch="cut", **ranges, **settings)
-
-
-def plain(preset: str) -> Engine:
-    """A model with masked texts under a scheme whose passes have one group."""
-    one = {"window_blocks": 1, "commit_in_next": False, "clean_text": "prompt", "noise2clean_kvrange": ()}
-    return magi(preset, clean_chunk_kvrange=0, prompt_switch="recache", local_attn_size=12, **one)
-
-
-CASES: dict[str, tuple[Callable[[], Engine], int]] = {
-    "three branches": (partial(magi, "magi-tiny"), 8),
-    "conditions of steps": (partial(magi, "magi-tiny-distill"), 8),
-    "one block in flight, a commit in the next": (partial(small, commit_in_next=True, prompt_switch="blend"), 6),
-    "one block in flight, ranges of keys": (ranged, 6),
-    "ranges of keys, and a commit in the next": (partial(ranged, commit_in_next=True), 6),
-    "no groups, masked texts": (partial(plain, "magi-tiny-distill"), 6),
-}
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -15,14 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 from cpp_build import ROOT, Built
+from grouped_engines import CASES, PRESETS, TEXTS, magi, rows_of
 from numpy.typing import NDArray
+from oracles import SIZE
 from small_engine import PROMPTS, convert_small, export_small
 from toy_programs import export_toy
 
 import inferix
-from inferix.export.engine_folder import export_engine
-from inferix.export.plan import FILE
+from inferix.export.engine_folder import export_engine, write_engine
+from inferix.export.plan import FILE, read_plan
 from inferix.export.run import ExportedEngine, MadeBlock
+from inferix.export.run import main as inferix_run
+from inferix.export.targets import TARGETS
 from inferix.runtime.y4m import Y4mWriter
 
 CONTROLS = ["--prompt-at", "0.6", PROMPTS[1], "--actions", "left right 2l stay 6r"]
@@ -115,6 +119,54 @@ def test_toy_streams_equal_python(target: str, built: Built, toys: dict[str, Pat
     compare_controlled(built, toys[target], tmp_path)
 
 
+def compare_grouped(built: Built, folder: Path, guided: bool, tmp_path: Path) -> None:
+    """Play an engine with two prompt switches by both runners, in C++ also in two parts: all bytes are the same."""
+    begin = ["--prompt", TEXTS[0], "--seed", 7, *(["--negative-prompt", TEXTS[2]] if guided else [])]
+    plan = read_plan(folder)
+    block = plan.preset.num_frame_per_block * plan["size"]["pictures_per_latent"] / plan["model"]["fps"]  # seconds
+    switches = ["--prompt-at", 1.3 * block, TEXTS[1], "--prompt-at", 6.3 * block, TEXTS[2]]
+    latents, pictures = [tmp_path / f"{part}.npy" for part in range(4)], [tmp_path / f"{part}.y4m" for part in range(4)]
+    saved = tmp_path / "saved.stream"
+
+    def play(part: int, *arguments: object) -> None:
+        done = built.run(folder, "--out", pictures[part], "--latents", latents[part], *arguments)
+        assert done.returncode == 0, done.stderr
+
+    play(0, *begin, *switches, "--blocks", 14)
+    play(1, *begin, *switches[:3], "--blocks", 5, "--save", saved)
+    play(2, "--restore", saved, "--blocks", 9)
+    arguments = [*begin, *switches, "--blocks", 14, "--threads", 1, "--out", pictures[3], "--latents", latents[3]]
+    inferix_run([str(folder), *map(str, arguments)])
+    whole, first, rest, python = (np.load(path) for path in latents)
+    assert python.std() > 0.1 and np.abs(whole[-len(rest) :] - rest).max() > 1e-3  # the second switch shows
+    np.testing.assert_array_equal(whole[: len(first)], first)
+    np.testing.assert_allclose(whole, python, rtol=0, atol=1e-5 * np.abs(python).max())
+    difference = np.abs(planes(pictures[0], 32) - planes(pictures[3], 32))
+    assert difference.max() <= 1 and (difference > 0).mean() <= 1e-4
+    play(0, *begin, *switches[:3], "--blocks", 14)
+    np.testing.assert_array_equal(np.load(latents[0])[len(first) :], rest)
+
+
+@pytest.mark.parametrize("target", SUFFIXES)
+@pytest.mark.parametrize("name", CASES)
+def test_toy_passes_of_groups_equal_python(name: str, target: str, built: Built, tmp_path: Path) -> None:
+    expect_backend(built, target)
+    engine = CASES[name][0]()
+    folder = export_toy(target, tmp_path / "engine", engine=engine, rows=rows_of(engine))
+    compare_grouped(built, folder, engine.preset.sampler.guidance_scale != 1, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["onnx", "openvino", "aoti"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_passes_of_groups_equal_python(preset: str, target: str, built: Built, tmp_path: Path) -> None:
+    """The small models of MAGI-1, past their window."""
+    expect_backend(built, target)
+    engine = magi(preset)
+    folder = write_engine(engine, tmp_path / "engine", SIZE, TARGETS[target], rows_of(engine))
+    compare_grouped(built, folder, False, tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnx", "openvino", "aoti"])
 def test_the_runner_equals_python(target: str, built: Built, engines: Callable[[str], Path], tmp_path: Path) -> None:
@@ -189,8 +241,9 @@ def test_bad_input_is_refused_in_one_line(built: Built, toys: dict[str, Path], t
         plan = json.loads((copy / FILE).read_text("utf-8"))
         (copy / FILE).write_text(json.dumps(plan | values), "utf-8")
 
-    def change_preset(copy: Path, **values: object) -> None:
-        change(copy, version=2, preset=json.loads((copy / FILE).read_text("utf-8"))["preset"] | values)
+    def change_context(copy: Path, **values: object) -> None:
+        preset = json.loads((copy / FILE).read_text("utf-8"))["preset"]
+        change(copy, preset=preset | {"context": preset["context"] | values})
 
     def flip(path: Path) -> None:
         content = bytearray(path.read_bytes())
@@ -220,9 +273,8 @@ def test_bad_input_is_refused_in_one_line(built: Built, toys: dict[str, Path], t
         (damaged("key", lambda copy: drop(copy, "sampler")), ["--blocks", "1"], "sampler"),
         (damaged("other", lambda copy: change(copy, format="x")), [], FILE),
         (damaged("size", copy_size), [], "64x64"),
-        (damaged("joint", lambda copy: change_preset(copy, window_blocks=5)), [], "window_blocks 5"),
         (damaged("int8", lambda copy: change(copy, version=2, kv_dtype="int8")), [], "int8"),
-        (damaged("groups", lambda copy: change(copy, version=3)), [], "see other frames"),
+        (damaged("rests", lambda copy: change_context(copy, rest_sink=True)), [], "tinyworld"),
         (toy, ["--json", "--out", "-"], "--json"),
         (toy, ["--size", "64x64"], "64x64"),
         (toy, ["--blocks", "1", "--restore", str(saved)], str(saved)),

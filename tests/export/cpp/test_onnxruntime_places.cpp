@@ -18,6 +18,7 @@ SAME_PLACE(create_session_options, CreateSessionOptions);
 SAME_PLACE(set_threads, SetIntraOpNumThreads);
 SAME_PLACE(create_tensor, CreateTensorWithDataAsOrtValue);
 SAME_PLACE(tensor_data, GetTensorMutableData);
+SAME_PLACE(element_type, GetTensorElementType);
 SAME_PLACE(axis_count, GetDimensionsCount);
 SAME_PLACE(axes, GetDimensions);
 SAME_PLACE(shape, GetTensorTypeAndShape);
@@ -32,6 +33,7 @@ SAME_PLACE(add_session_config_entry, AddSessionConfigEntry);
 static_assert(offsetof(ort::Base, table) == offsetof(OrtApiBase, GetApi));
 static_assert(offsetof(ort::Base, release) == offsetof(OrtApiBase, GetVersionString));
 static_assert(ort::log_errors == ORT_LOGGING_LEVEL_ERROR && ort::arena == OrtArenaAllocator);
+static_assert(ort::int64 == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 && ort::boolean == ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL);
 static_assert(ort::default_memory == OrtMemTypeDefault && ort::float32 == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
 
 int main() {}
