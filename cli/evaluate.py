@@ -34,9 +34,13 @@ def common() -> None:
 @app.command(cls=Command)
 def tinyworld(
     model: str = typer.Option("tinyworld", help="Checkpoint folder of a model trained on the small world."),
-    walks: int = typer.Option(32, min=1, help="Walks for each figure, and free streams of 60 s."),
-    seeds: int = typer.Option(8, min=1, help="Long runs."),
-    minutes: float = typer.Option(10.0, help="Length of a long run, in minutes of video; 1 or more."),
+    walks: int | None = typer.Option(
+        None, min=1, help="Walks for each figure, and free streams of 60 s.  [default: 32]"
+    ),
+    seeds: int | None = typer.Option(None, min=1, help="Long runs.  [default: 8]"),
+    minutes: float | None = typer.Option(
+        None, help="Length of a long run, in minutes of video; 1 or more.  [default: 10]"
+    ),
     device: str | None = typer.Option(None, help="cpu, cuda or cuda:N.  [default: cuda if there is one]"),
     out: Path | None = typer.Option(None, help="Folder for eval.json; a stopped run goes on from its walks.json."),
     sheets: Path | None = typer.Option(
@@ -52,19 +56,20 @@ def tinyworld(
 
     Example: inferix eval tinyworld --walks 1 --seeds 1 --minutes 1 --out outputs/eval
     """
-    if not minutes >= 1:
-        raise UsageError(f"--minutes is {minutes:g}; expected 1 or more, since drift is measured over 60 s")
-
-    from ..evaluate.tinyworld import BARS, evaluate
+    from ..evaluate.tinyworld import BARS, evaluate, judge_hash
     from ..evaluate.tinyworld_walks import Progress
     from ..runtime.files import check_output, check_paths, write_atomically
     from ..runtime.load import load
 
     if sheets is not None:
-        if out is not None or as_json:
-            raise UsageError("--sheets measures nothing; leave out --out and --json, or --sheets")
+        measured = {"--walks": walks, "--seeds": seeds, "--minutes": minutes, "--out": out, "--json": as_json or None}
+        if given := [flag for flag, value in measured.items() if value is not None]:
+            raise UsageError(f"--sheets measures nothing; leave out {given[0]}, or --sheets")
         draw_sheets(load(model, preset="tinyworld", device=device), model, sheets)
         return
+    walks, seeds, minutes = walks or 32, seeds or 8, 10.0 if minutes is None else minutes
+    if not minutes >= 1:
+        raise UsageError(f"--minutes is {minutes:g}; expected 1 or more, since drift is measured over 60 s")
     places: dict[str, Path] = {}
     if out is not None:
         places = {"figures": out / "eval.json", "finished walks": out / "walks.json"}
@@ -73,7 +78,7 @@ def tinyworld(
             check_output(place)
     engine = load(model, preset="tinyworld", device=device)
     console = Console(stderr=True)
-    about = {"version": __version__, "model": engine.describe()}
+    about = {"version": __version__, "judge": judge_hash(), "model": engine.describe()}
     progress = Progress(lambda line: console.print(line, highlight=False), places.get("finished walks"), about)
     figures = evaluate(engine, walks, seeds, minutes, progress) | about
     figures |= {"walks": walks, "seeds": seeds, "minutes": minutes}

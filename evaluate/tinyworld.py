@@ -6,10 +6,12 @@ seeds that are not in the training data. `BARS` are the targets.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +67,12 @@ BARS = {
     "land_coverage": (">=", 0.70),
     "collapsed": ("<=", 0.0),
 }
+
+
+def judge_hash() -> str:
+    """A hash of what measures: these modules and the weights of the classifiers."""
+    files = sorted(Path(__file__).parent.glob("tinyworld*"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def decibel(mean_square: float) -> float:

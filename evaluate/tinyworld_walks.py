@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UsageError, quoted
-from ..models.files import read_json
 from ..models.tinyworld.data import HELD_OUT, random_walk
 from ..models.tinyworld.world import FRAMES, SIZE, Scene, World, scenes
 from ..runtime.engine import Engine
 from ..runtime.files import write_atomically
+from ..user_files import read_json
 
 Picture = NDArray[np.uint8]
 Given = ParamSpec("Given")
@@ -39,8 +39,10 @@ class Progress:
         self.say, self.file = say, file
         self.about = json.loads(json.dumps(about))
         self.measured: dict[str, Any] = {}
-        saved = None if file is None else read_json(file)
-        if saved is not None:
+        if file is not None and file.exists():
+            saved = read_json(file, "finished walks")
+            if not isinstance(saved, dict) or not isinstance(saved.get("measured"), dict):
+                raise UsageError(f"{quoted(str(file))} holds no finished walks; remove it")
             if saved.get("about") != self.about:
                 raise UsageError(
                     f"{quoted(str(file))} is of an evaluation of other weights or settings that was stopped; expected "

@@ -202,7 +202,7 @@ def engine_key(model: str | Path | None, preset: str | None, size: tuple[int, in
 
 @cache
 def code_hash() -> str:
-    """A hash of the modules that a program is traced from."""
+    """A hash of the modules in `TRACED`, which programs are traced from."""
     root = Path(__file__).parents[1]
     files = sorted(path for folder in TRACED for path in (root / folder).rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

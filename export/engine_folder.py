@@ -162,6 +162,8 @@ def describe_programs(
     if grouped:
         limits[TEXTS] = 1, 1, preset.window_blocks + 1
     programs = pass_programs(plain, size, sampler, frames, unroll, limits, kv_dtype, grouped, packed)
+    if kv_dtype == "int8" and any("text_of" in program.names for program in programs):
+        raise UsageError(f"kv_dtype is int8, but passes of model {spec.name} take masked texts; expected float32")
     latent = spec.latent_size(size)
     if memory is not plain:
         programs = with_memory(programs, plain, memory, size, packed)

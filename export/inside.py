@@ -102,13 +102,13 @@ GROUPED_WITH: dict[str, Callable[[Preset], Any]] = {  # what else, where frames 
 
 def needs_other_programs(plan: Plan, preset: Preset) -> str | None:
     """A field of a preset for which an engine has no programs; None where it can run the preset."""
-    if takes_groups(preset) and not plan.grouped:
-        return next(key for key, value in GROUPED_WITH.items() if value(preset) != value(plan.preset))
     for key, value in TRACED_WITH.items():
         asked, made = value(preset), value(plan.preset)
         if asked > made if key == "local_attn_size" else asked != made:
             return key
-    return None
+    if plan.grouped or not takes_groups(preset):
+        return None
+    return next(key for key, value in GROUPED_WITH.items() if value(preset) != value(plan.preset))
 
 
 def exported_components(plan: Plan, preset: Preset, programs: Mapping[str, Program]) -> Components:

@@ -1,7 +1,7 @@
-"""Linear layers of an engine on INT8 operands, with the numbers of `lowp` int8: weights by channel, activations by token.
+"""Linear layers of an engine on INT8 operands, as `lowp` int8 has them: weights by channel, activations by token.
 
-The op is a chain of standard operators in ONNX around MatMulInteger; the writer of ONNX translates it. There activations
-are unsigned, 128 above their value: the signed product of ONNX Runtime is five times slower than that in float32.
+The op is a chain of standard operators in ONNX around MatMulInteger; the writer of ONNX translates it. Activations are
+unsigned there, 128 above their value: ONNX Runtime's signed product is five times slower than that in float32.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 import warnings
@@ -66,7 +67,9 @@ class ExportedEngine:
             raise UsageError(f"seed is {seed}; expected a whole number in 0..2**64-1")
         needed, given, null = needs_negative(self.plan.preset), negative_prompt is not None, self.prompts.null
         if given > needed or (needed and not given and null is None):
-            expected = "one, for a preset with guidance" if needed else "none, for a preset without guidance"
+            texts = [branch.text for branch in self.plan.preset.sampler.guide.branches]
+            reason = "guidance" if "negative" in texts else "clean frames under a null caption"
+            expected = f"one, for a preset with {reason}" if needed else "none, for a preset without guidance"
             raise UsageError(f"negative_prompt is {quoted(negative_prompt)}; expected {expected}")
         rows = self.prompts.encode(prompt)
         negative = np.zeros_like(rows) if negative_prompt is None else self.prompts.encode(negative_prompt)
@@ -299,6 +302,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"--out {quoted(out)} must end in one of .y4m, {', '.join(CONTAINERS)}")
     if out == STDOUT and options.json:
         raise UsageError("--json and --out - both write to stdout; give --out a file")
+    if options.seconds is not None and not 0 < options.seconds < math.inf:
+        raise UsageError(f"--seconds is {options.seconds}; expected a number above 0")
     if options.image and options.video:
         raise UsageError("--image and --video both begin the stream; give one of them")
     inputs = {"engine": options.engine / FILE, "--image": options.image, "--video": options.video}

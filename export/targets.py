@@ -94,7 +94,8 @@ HALF = GROUPED | {"float16"}
 HERE = __package__
 EVERY = (
     Target("onnx", ".onnx", ("onnx", "onnxscript"), "onnx", f"{HERE}.to_onnx:OnnxWriter",
-           f"{HERE}.backends:OnnxRuntime", "onnxruntime", HALF | {"keys and values in int8", "layers in int8"}, "CPU, by ONNX Runtime"),
+           f"{HERE}.backends:OnnxRuntime", "onnxruntime", HALF | {"keys and values in int8", "layers in int8"},
+           "CPU, by ONNX Runtime"),
     Target("openvino", ".xml", ("onnx", "onnxscript", "openvino"), "openvino", f"{HERE}.to_openvino:OpenVinoWriter",
            f"{HERE}.backends:OpenVino", "openvino", HALF, "CPU, by OpenVINO"),
     Target("aoti", ".pt2", ("torch",), "", f"{HERE}.to_aoti:AotiWriter", f"{HERE}.backends:AotInductor", "torch",

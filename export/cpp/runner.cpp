@@ -195,8 +195,11 @@ void run(const Options& options) {
     if (options.seconds) {
         if (!(*options.seconds > 0 && *options.seconds < 1e6))
             throw UsageError("--seconds is " + std::to_string(*options.seconds) + "; expected a number above 0");
-        int64_t pictures = std::max<int64_t>(std::llround(*options.seconds * double(fps)), 1);
-        length = policy.blocks_for((pictures - 1 + stride - 1) / stride + 1);
+        const Json& decoder = plan.at("decoder");
+        int64_t tile = decoder.has("frames") ? decoder.at("frames").integer() : 1;  // latent frames decoded at once
+        int64_t first = decoder.at("first_pictures").integer() - (tile - 1) * stride;
+        int64_t later = std::max<int64_t>(std::llround(*options.seconds * double(fps)) - first, 0);
+        length = policy.blocks_for((later + stride - 1) / stride + 1);
     }
     std::optional<std::string> words = options.actions;
     if (!words && !length && !options.restore && defaults.at("actions").kind == Json::Kind::text)

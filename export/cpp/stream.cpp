@@ -59,7 +59,9 @@ Stream::Stream(std::shared_ptr<const Engine> engine, const std::string& prompt, 
     bool guided = network_.guide.needs_negative() || engine_->policy.clean_null;
     if (guided < negative.has_value() || (guided && !negative && !engine_->prompts.has_null()))
         throw UsageError(std::string("negative prompt: expected ") +
-                         (guided ? "one, for a preset with guidance" : "none, for a preset without guidance"));
+                         (!guided                              ? "none, for a preset without guidance"
+                          : network_.guide.needs_negative() ? "one, for a preset with guidance"
+                                                            : "one, for a preset with clean frames under a null caption"));
     for (size_t index = 0; index < actions.size(); ++index) network_.actions[int64_t(index) + 1] = action_number(actions[index]);
     if (!actions.empty()) network_.actions[int64_t(actions.size()) + 1] = 0;
     rows_ = engine_->prompts.encode(prompt);

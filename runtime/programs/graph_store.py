@@ -29,7 +29,7 @@ from ..capacity.device_name import card_of
 from ..files import write_atomically
 from .graph_builder import GraphBuilder, GraphKey, lowered_graph
 
-FORMAT = 8
+FORMAT = 9
 IDENTITY = "identity.json"
 KERNELS = "triton"
 

@@ -161,6 +161,10 @@ def test_measurements_of_other_weights_are_refused(tmp_path):
     assert Progress(file=file, about={"model": "one", "size": (1, 2)}).once("a walk", pow, 2, 5) == 8
     with pytest.raises(UsageError):
         Progress(file=file, about={"model": "other", "size": (1, 2)})
+    for content in ('{"about": {"model"', '{"about": {}}', '{"about": {}, "measured": []}', "3"):
+        file.write_text(content, "utf-8")
+        with pytest.raises(UsageError, match="walks"):
+            Progress(file=file)
 
 
 def test_contact_sheets_have_a_row_for_each_prompt_and_return_to_one_place(engine, monkeypatch):

@@ -28,6 +28,7 @@ from inferix.export.numerics import normals
 from inferix.export.plan import FILE, SCHEMA, preset_of, preset_values, read_plan
 from inferix.export.programs import Program, solver_matrix
 from inferix.export.run import ExportedEngine
+from inferix.export.run import main as run_command
 from inferix.export.targets import TARGETS, Target
 from inferix.export.word_table import known_words
 from inferix.kernels.philox import philox_normals
@@ -355,6 +356,13 @@ def test_what_an_engine_was_not_made_for(folder: Path, tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(UsageError, match=named):
             exported.open(**arguments)
+
+
+@pytest.mark.parametrize("seconds", ["-1", "0", "nan", "inf"])
+def test_a_length_that_is_none_is_refused(seconds: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_command([str(folder), "--seconds", seconds, "--out", str(tmp_path / "out.y4m")])
+    assert ended.value.code == 2 and not (tmp_path / "out.y4m").exists()
 
 
 def with_plan(folder: Path, place: Path, **values: Any) -> Path:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from engine_modules import NAMES, modules_of
-from grouped_engines import CASES, PRESETS, TEXTS, magi, rows_of, small
+from grouped_engines import CASES, PRESETS, TEXTS, magi, plain, rows_of, small
 from oracles import SIZE
 from safetensors.torch import load_file
 
@@ -205,6 +205,12 @@ def test_what_such_an_engine_refuses(tmp_path: Path) -> None:
             load_exported(folder, Limits(), {key: value}, lambda path: pytest.fail("no program is loaded"))
     with pytest.raises(UsageError, match="negative_prompt"):
         ExportedEngine(folder, load=lambda path: lambda values: {}).open(TEXTS[0], negative_prompt=TEXTS[1])
+    joining = small(prompt_switch="join")
+    folder = write(joining, tmp_path / "joining", prompts=rows_of(joining))
+    with pytest.raises(UsageError, match="window_blocks"):  # with which its passes would have groups
+        load_exported(folder, Limits(), {"window_blocks": 2}, lambda path: pytest.fail("no program is loaded"))
+    with pytest.raises(UsageError, match="kv_dtype"):
+        write(plain("magi-tiny-distill"), tmp_path / "masked", prompts=rows, kv_dtype="int8")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
