@@ -97,14 +97,16 @@ def translations() -> dict[Any, Any]:
     def dequantise(x: Any, scale: Any) -> Any:
         return opset23.DequantizeLinear(x, scale, axis=0)
 
+    ops: Any = opset23  # its types do not know that a Cast has one
+
     def linear(x: Any, weight: Any, scale: Any) -> Any:
-        most = opset23.ReduceMax(opset23.Abs(x), opset23.Constant(value_ints=[-1]), keepdims=1)
-        by = opset23.Div(opset23.Max(most, opset23.Constant(value_float=SMALLEST)), opset23.Constant(value_float=LIMIT))
-        rows = opset23.Add(opset23.Round(opset23.Div(x, by)), opset23.Constant(value_float=128.0))
-        middle = opset23.Cast(opset23.Constant(value_float=128.0), to=UINT8.dtype)
-        product = opset23.MatMulInteger(opset23.Cast(rows, to=UINT8.dtype), weight, middle)
+        most = ops.ReduceMax(ops.Abs(x), ops.Constant(value_ints=[-1]), keepdims=1)
+        by = ops.Div(ops.Max(most, ops.Constant(value_float=SMALLEST)), ops.Constant(value_float=LIMIT))
+        rows = ops.Add(ops.Round(ops.Div(x, by)), ops.Constant(value_float=128.0))
+        middle = ops.Cast(ops.Constant(value_float=128.0), to=UINT8.dtype)
+        product = ops.MatMulInteger(ops.Cast(rows, to=UINT8.dtype), weight, middle)
         # Not times `by * scale`: ONNX Runtime would fuse that into an operator that takes `by` for one number.
-        return opset23.Mul(opset23.Mul(opset23.Cast(product, to=FLOAT.dtype), by), scale)
+        return ops.Mul(ops.Mul(ops.Cast(product, to=FLOAT.dtype), by), scale)
 
     return {torch.ops.inferix_export.quantise_rows.default: quantise,
             torch.ops.inferix_export.dequantise_rows.default: dequantise,
