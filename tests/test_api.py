@@ -59,4 +59,6 @@ def test_threads_that_wait_spin_for_a_short_time_unless_the_user_chose(chosen, s
     run = [sys.executable, "-c", "import inferix, torch"]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
     lines = {line.strip() for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line}
+    if not lines:
+        pytest.skip("this torch has another OpenMP than GNU's")
     assert any(line.split("=")[1].strip(" '") == spins for line in lines)
