@@ -3,13 +3,11 @@
 A stream begins with frames of the simulator and goes on with the model's own, made by the preset's sampler. Each place
 of its frames has a target. Land that the simulator has shown, and land that comes into view, are the simulator's. Land
 that the model has drawn is as it was first drawn, until it has been out of view for longer than the window. So the
-model can learn to hold land, to correct its own errors, and to draw new land beside its own. Many streams rest, and
-some walk in a loop.
+model can learn to hold land, and to correct its own errors. Some streams rest, the others walk between rests.
 """
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from inferix.kernels.attention import attention
 from inferix.kernels.rope import rope_angles, rotate
-from inferix.models.tinyworld.data import BACK, along_things, errands, random_walk, straight
+from inferix.models.tinyworld.data import random_walk
 from inferix.models.tinyworld.presets import PRESET
 from inferix.models.tinyworld.spec import SPEC
 from inferix.models.tinyworld.words import known_words, word_numbers
@@ -33,18 +31,13 @@ if TYPE_CHECKING:
 
 Encode = Callable[[Tensor], Tensor]  # pictures, uint8 [T, H, W, 3], to normalised latents [F, C, h, w]
 
-ROUND = 24  # latent frames of one round of the butterflies; the length of each loop divides it
-LEAD = 4  # frames of a loop before it repeats exactly: the hero turns first, and the encoder has a short memory
+ROUND = 24  # latent frames of one round of the butterflies
+LEAD = 4  # frames of a rest before it repeats exactly, since the encoder has a short memory
 GRID = SPEC.grid or (1, 1)
 HERO = slice(GRID[0] // 2 - 1, GRID[0] // 2 + 1)  # rows and columns of the hero
 NEAR = slice(GRID[0] // 2 - 2, GRID[0] // 2 + 2)  # of the hero and what may block its way
 APART = 64  # pixels between butterflies
 CLEARLY = 0.5  # of the error of the other, below which a frame clearly shows one of two moves
-RINGS = ("right", "down", "left", "up"), ("right", "up", "left", "down")
-LOOPS: tuple[tuple[str, ...], ...] = (
-    *((*[action] * steps, *[BACK[action]] * steps) for action in ACTIONS[1:] for steps in (1, 2)),
-    *((*ring[start:], *ring[:start]) for ring in RINGS for start in range(4)),
-)
 
 
 @dataclass(frozen=True)
@@ -128,15 +121,12 @@ class Stream:
 class Streams:
     """Streams that are continued in turn; `state` and `load_state` save and restore them.
 
-    crop: frames of a stream in a batch. window: latent frames that a frame sees, as in `ClipAttention`. walk_share,
-    loop_share: of the streams, that walk on and that walk in a loop; the others rest.
+    crop: frames of a stream in a batch. window: latent frames that a frame sees, as in `ClipAttention`. walk_share: of
+    the streams, that walk between rests; the others rest.
     """
 
-    def __init__(
-        self, encode: Encode, count: int, crop: int, window: int, walk_share: float, loop_share: float
-    ) -> None:
-        self.encode, self.crop, self.reach = encode, crop, window - 2
-        self.walk_share, self.loop_share = walk_share, loop_share
+    def __init__(self, encode: Encode, count: int, crop: int, window: int, walk_share: float) -> None:
+        self.encode, self.crop, self.reach, self.walk_share = encode, crop, window - 2, walk_share
         self.streams: list[Stream | None] = [None] * count
         self.turn = 0
 
@@ -169,23 +159,16 @@ class Streams:
         rng = random.Random(random.getrandbits(64))
         world = World(rng.randrange(1 << 19), rng.choice(scenes()))
         world.walk(random_walk(rng, rng.randint(0, 40)))
-        repeats = rng.random() >= self.walk_share
+        rests = rng.random() >= self.walk_share
         before, made = rng.choice((0, rng.randint(1, 10))), self.crop
         end = made + (self.crop - 1) * rng.choice((1, 3, 7, 15))
-        if repeats:
-            actions = loop_walk(rng, world, before, self.loop_share / (1 - self.walk_share))
+        if rests:
+            actions = [*random_walk(rng, before), *["stay"] * (LEAD + ROUND)]
             later = rng.randint(0, before)
             made, end = made + later, end + later
         else:
-            walks = (
-                lambda: random_walk(rng, end),
-                lambda: errands(rng, end),
-                lambda: along_things(rng, end, world),
-                lambda: straight(rng, end, world),
-                lambda: with_rests(rng, end),
-            )
-            actions = rng.choice(walks)()
-        truth = encoded(self.encode, world, actions, repeats)
+            actions = with_rests(rng, end)
+        truth = encoded(self.encode, world, actions, rests)
         land = Land.around(truth.places, truth.latents.shape[1], self.reach)
         for frame in range(made):
             land.show(frame, truth.places[frame], truth.latents[frame], own=False)
@@ -260,22 +243,6 @@ def with_rests(rng: random.Random, length: int) -> list[str]:
     while len(walk) < length:
         walk += random_walk(rng, rng.randint(2, 12)) + ["stay"] * rng.randint(6, 40)
     return walk[:length]
-
-
-def loop_walk(rng: random.Random, world: World, before: int, loop_share: float) -> list[str]:
-    """Draw a walk from a world's place that ends in a rest, or in a loop which nothing blocks."""
-    start = random_walk(rng, before)
-    there = copy.copy(world)
-    there.walk(start)
-    loop = rng.choice(LOOPS) if rng.random() < loop_share else ("stay",)
-    walked = copy.copy(there)
-    for action in loop:
-        x, y = walked.x, walked.y
-        walked.walk([action])
-        if (walked.x - x, walked.y - y) != tuple(STEP * part for part in MOVES[action]):
-            loop = ("stay",)
-            break
-    return [*start, *[loop[index % len(loop)] for index in range(LEAD + ROUND)]]
 
 
 @torch.no_grad()

@@ -96,14 +96,13 @@ class Recipe:
     own_share: float = 0.4
     rate: float = 1.5e-3
     own_rate: float = 1.1e-3
-    stream_steps: int = 1200  # steps of the last stage, in streams that the network continues itself
-    stream_rate: float = 3e-4
-    stream_batch: int = 3  # streams in a batch
-    stream_count: int = 12
-    stream_walks: float = 0.5  # of the streams, that walk on
-    stream_loops: float = 0.1  # that walk in a loop; the others rest
-    stream_clips: int = 2  # walks of the bank in a batch, beside the streams
-    stream_firsts: int = 3
+    stay_steps: int = 900  # steps of the last stage, of one action's embedding in streams that the network continues
+    stay_rate: float = 3e-3
+    stay_batch: int = 4  # streams in a batch
+    stay_streams: int = 12
+    stay_walks: float = 0.5  # of the streams, that walk between rests; the others rest
+    stay_clips: int = 1  # walks of the bank in a batch, beside the streams
+    stay_firsts: int = 3
     blur: float = 0.3  # largest noise level in the past, which the network takes for clean
     save_every: float = 400.0  # seconds
     sheet_clips: int = 6  # on the sheets of pictures that are drawn whenever training is saved
@@ -112,11 +111,11 @@ class Recipe:
 SHORT = Recipe(
     stills_steps=4, stills_batch=2, vae_steps=8, vae_batch=1, vae_length=1, decoder_steps=4, decoder_batch=1,
     decoder_length=1, bank_clips=4, bank_length=6, bank_firsts=4, window=3, crop=5, batch=2, firsts=2, steps=8,
-    own_steps=4, stream_steps=3, stream_batch=2, stream_count=2, sheet_clips=1,
+    own_steps=4, stay_steps=3, stay_batch=2, stay_streams=2, sheet_clips=1,
 )  # fmt: skip
 
 
-TUNE = replace(Recipe(), bank_clips=400, bank_firsts=1000)  # from weights: two walks of the bank in a batch
+TUNE = replace(Recipe(), bank_clips=400, bank_firsts=1000)  # from weights: one walk of the bank in a batch
 
 
 def train_vae(folder: Path, recipe: Recipe) -> CausalVae:
@@ -537,17 +536,20 @@ def train_transformer(folder: Path, bank: Bank, vae: CausalVae, recipe: Recipe) 
     world = TinyWorld(recipe.window)
     world = train_stage(folder, "world", world, bank, vae, recipe, recipe.steps, recipe.rate)
     world = train_stage(folder, "own", world, bank, vae, recipe, recipe.own_steps, recipe.own_rate)
-    return train_streams(folder, world, bank, vae, recipe)
+    return train_stay(folder, world, bank, vae, recipe)
 
 
-def train_streams(folder: Path, world: TinyWorld, bank: Bank, vae: CausalVae, recipe: Recipe) -> TinyWorld:
-    """Train in streams that the network makes itself, beside walks of the bank, so that walks and first frames stay."""
+def train_stay(folder: Path, world: TinyWorld, bank: Bank, vae: CausalVae, recipe: Recipe) -> TinyWorld:
+    """Train the embedding of the action to stay in streams that the network makes itself; walking stays as it is.
+
+    Walks of the bank and first frames, which have this action too, are beside them.
+    """
     mean, std = (torch.tensor(values)[:, None, None] for values in (bank.mean, bank.std))
     streams = Streams(
         lambda pictures: (encode_pictures(vae, pictures) - mean) / std,
-        recipe.stream_count, recipe.crop, recipe.window, recipe.stream_walks, recipe.stream_loops,
+        recipe.stay_streams, recipe.crop, recipe.window, recipe.stay_walks,
     )  # fmt: skip
-    beside = replace(recipe, batch=recipe.stream_clips, firsts=recipe.stream_firsts)
+    beside = replace(recipe, batch=recipe.stay_clips, firsts=recipe.stay_firsts)
 
     def loss() -> tuple[Tensor, dict[str, float]]:
         held, error = stream_loss(world, streams, recipe)
@@ -557,11 +559,21 @@ def train_streams(folder: Path, world: TinyWorld, bank: Bank, vae: CausalVae, re
         )  # fmt: skip
         return held + total, figures | {"beside": float(total.detach()), "held": float(held.detach()), "error": error}
 
-    adam = torch.optim.AdamW(world.parameters(), recipe.stream_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    run = Run(folder / "streams", world, [adam], recipe.stream_steps, recipe.save_every, streams, warm_up=20)
+    adam = action_optimiser(world, "stay", recipe.stay_rate)
+    run = Run(folder / "stay", world, [adam], recipe.stay_steps, recipe.save_every, streams, warm_up=20)
     if run.step < run.steps:
-        run.go(loss, lambda: world_sheet(run.average, vae, bank, recipe, folder / "streams.png"))
+        run.go(loss, lambda: world_sheet(run.average, vae, bank, recipe, folder / "stay.png"))
     return run.average
+
+
+def action_optimiser(world: TinyWorld, action: str, rate: float) -> torch.optim.Optimizer:
+    """Optimiser of the embedding of one action; all other weights are frozen, so other actions act as before."""
+    world.requires_grad_(False)
+    weight = world.transformer.action_embedding.linear_1.weight
+    weight.requires_grad_(True)
+    trained = torch.tensor([float(name == action) for name in ACTIONS])
+    weight.register_hook(partial(torch.mul, trained))
+    return torch.optim.Adam([weight], rate, betas=(0.9, 0.95))
 
 
 def stream_loss(world: TinyWorld, streams: Streams, recipe: Recipe) -> tuple[Tensor, float]:
@@ -569,7 +581,7 @@ def stream_loss(world: TinyWorld, streams: Streams, recipe: Recipe) -> tuple[Ten
 
     Also returns the mean squared error of that past itself.
     """
-    past, target, actions, words, places = streams.advance(world, recipe.stream_batch)
+    past, target, actions, words, places = streams.advance(world, recipe.stay_batch)
     counts = torch.ones(target.shape[:2], dtype=torch.bool)
     counts[:, : STREAM_PAST + 1] = False
     batch = Batch(target, actions, vague(words), counts)
@@ -867,7 +879,7 @@ def main(
         recipe = SHORT if short else TUNE
         vae, world = read_weights(weights, recipe)
         bank = load_bank(out, vae, recipe)
-        export(out / "weights", vae, train_streams(out, world, bank, vae, recipe), bank)
+        export(out / "weights", vae, train_stay(out, world, bank, vae, recipe), bank)
         return
     recipe = SHORT if short else Recipe()
     vae = train_vae(out, recipe)

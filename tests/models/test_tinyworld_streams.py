@@ -1,8 +1,8 @@
 """Streams of the small world's training: what the model continues, and where the simulator is the truth."""
 
 import random
+from itertools import groupby
 
-import numpy as np
 import pytest
 import tinyworld_streams as streams
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from inferix.models.tinyworld.data import random_walk
 from inferix.models.tinyworld.spec import SPEC
-from inferix.models.tinyworld.world import ACTIONS, FRAMES, MOVES, STEP, Scene, World
+from inferix.models.tinyworld.world import ACTIONS, FRAMES, STEP, Scene, World
 
 SCENE = Scene("red", "robot", "green meadow", "by day")
 CROP = 5
@@ -131,36 +131,32 @@ def test_butterflies_cross_a_part_of_the_land():
     assert (masks[1:, :, :-1] == masks[:-1, :, 1:]).all()  # a place of the land, wherever the camera is
 
 
-def test_walks_that_repeat_are_the_simulators_for_ever():
+def test_rests_are_the_simulators_for_ever():
     """Their last round equals what the simulator shows later."""
-    rng, rests = random.Random(1), 0
-    for seed in range(5):
-        world = World(seed, SCENE)
-        actions = streams.loop_walk(rng, world, 3, 0.7)
-        assert len(actions) == 3 + streams.LEAD + streams.ROUND
-        loop = actions[3 + streams.LEAD :]
-        rests += loop == ["stay"] * streams.ROUND
-        truth = streams.encoded(encode, World(seed, SCENE), actions, True)
-        longer = streams.encoded(encode, World(seed, SCENE), [*actions, *loop], False)
-        frames = range(len(longer.actions))
-        assert (longer.latents - truth.latents[truth.index(frames)]).abs().max() < 0.01
-        assert (longer.places == truth.places[truth.index(frames)]).all()
-        assert (longer.actions == truth.actions[truth.index(frames)]).all()
-    assert 0 < rests < 5
-    for loop in streams.LOOPS:
-        assert streams.ROUND % len(loop) == 0
-        assert not np.sum([MOVES[action] for action in loop], axis=0).any()
+    before, rest = ["left", "up", "up"], ["stay"] * streams.ROUND
+    actions = [*before, *["stay"] * streams.LEAD, *rest]
+    truth = streams.encoded(encode, World(3, SCENE), actions, True)
+    longer = streams.encoded(encode, World(3, SCENE), [*actions, *rest], False)
+    frames = truth.index(range(len(longer.actions)))
+    assert (longer.latents - truth.latents[frames]).abs().max() < 0.01
+    assert (longer.places == truth.places[frames]).all() and (longer.actions == truth.actions[frames]).all()
+
+
+def test_walks_rest_now_and_then():
+    walk = streams.with_rests(random.Random(1), 400)
+    rests = [len(run) for action, run in ((key, list(part)) for key, part in groupby(walk)) if action == "stay"]
+    assert len(walk) == 400 and max(rests) >= 20 and 0.4 < sum(rests) / 400 < 0.9
 
 
 def test_streams_go_on_in_turn_and_as_saved():
     world, made = random_world(4), []
     random.seed(5)
-    running = streams.Streams(encode, 3, CROP, window=4, walk_share=0.4, loop_share=0.3)
+    running = streams.Streams(encode, 3, CROP, window=4, walk_share=0.4)
     for _ in range(2):
         running.advance(world, 2)
     for saved in (running.state(), None):
         if saved is not None:
-            again = streams.Streams(encode, 3, CROP, window=4, walk_share=0.4, loop_share=0.3)
+            again = streams.Streams(encode, 3, CROP, window=4, walk_share=0.4)
             again.load_state(saved)
         torch.manual_seed(9)
         random.seed(9)
@@ -195,6 +191,22 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     assert [loss["step"] for loss in part.losses] == [20, 40, 50] and part.losses == whole.losses
     assert train.weights_hash(part.average) == train.weights_hash(whole.average)
     assert train.weights_hash(part.average) != train.weights_hash(part.model)
+
+
+def test_the_last_stage_trains_only_the_action_it_names():
+    world = random_world(3)
+    before = world.transformer.action_embedding.linear_1.weight.detach().clone()
+    adam = train.action_optimiser(world, "stay", 0.1)
+    weight = world.transformer.action_embedding.linear_1.weight
+    frames = torch.randn(2, 3, SPEC.in_channels, 8, 8)
+    actions = torch.eye(len(ACTIONS))[torch.tensor([[0, 1, 0], [0, 2, 3]])]
+    words = torch.zeros(2, SPEC.text_len, dtype=torch.long)
+    world(frames, frames, torch.ones(2, 3), actions, words).square().mean().backward()
+    adam.step()
+    assert (weight != before).any(0).tolist() == [action == "stay" for action in ACTIONS]
+    assert [name for name, part in world.named_parameters() if part.requires_grad] == [
+        "transformer.action_embedding.linear_1.weight"
+    ]
 
 
 def test_a_walk_from_the_simulator_is_encoded_with_its_places():
