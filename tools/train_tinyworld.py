@@ -13,12 +13,13 @@ long streams that it made itself (`tinyworld_streams`), so that its errors do no
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import random
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, Protocol, TypeVar, cast
@@ -867,6 +868,19 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def keep_recipe(folder: Path, recipe: Recipe) -> None:
+    """Write the recipe of a run; UsageError for a folder with a run of another one."""
+    values, file = json.loads(json.dumps(asdict(recipe))), folder / "recipe.json"
+    saved = read_json(file)
+    if saved is not None and saved != values:
+        other = next(key for key in {**values, **saved} if values.get(key) != saved.get(key))
+        raise UsageError(
+            f"--out {quoted(str(folder))} has a run with {other} {quoted(saved.get(other))}; expected "
+            f"{quoted(values.get(other))}: choose another folder"
+        )
+    write_json(file, values)
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the run; a stopped run is resumed.")],
     short: Annotated[bool, typer.Option(help="A few steps of each stage, to test all of it.")] = False,
@@ -875,13 +889,13 @@ def main(
     """Train the small world, from scratch or from weights, and write the shipped files."""
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
+    recipe = SHORT if short else Recipe() if weights is None else TUNE
+    keep_recipe(out, recipe)
     if weights is not None:
-        recipe = SHORT if short else TUNE
         vae, world = read_weights(weights, recipe)
         bank = load_bank(out, vae, recipe)
         export(out / "weights", vae, train_stay(out, world, bank, vae, recipe), bank)
         return
-    recipe = SHORT if short else Recipe()
     vae = train_vae(out, recipe)
     bank = load_bank(out, vae, recipe)
     world = train_transformer(out, bank, vae, recipe)

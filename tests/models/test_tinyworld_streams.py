@@ -1,6 +1,7 @@
 """Streams of the small world's training: what the model continues, and where the simulator is the truth."""
 
 import random
+from dataclasses import replace
 from itertools import groupby
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import train_tinyworld as train
 from torch import nn
 
+from inferix.errors import UsageError
 from inferix.models.tinyworld.data import random_walk
 from inferix.models.tinyworld.spec import SPEC
 from inferix.models.tinyworld.world import ACTIONS, FRAMES, STEP, Scene, World
@@ -191,6 +193,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     assert [loss["step"] for loss in part.losses] == [20, 40, 50] and part.losses == whole.losses
     assert train.weights_hash(part.average) == train.weights_hash(whole.average)
     assert train.weights_hash(part.average) != train.weights_hash(part.model)
+
+
+def test_a_folder_keeps_to_one_recipe(tmp_path):
+    for _ in range(2):
+        train.keep_recipe(tmp_path, train.SHORT)
+    with pytest.raises(UsageError, match="stay_steps"):
+        train.keep_recipe(tmp_path, replace(train.SHORT, stay_steps=4))
 
 
 def test_the_last_stage_trains_only_the_action_it_names():
