@@ -12,14 +12,14 @@ long streams that it made itself (`tinyworld_streams`), so that its errors do no
 
 from __future__ import annotations
 
-import copy
 import hashlib
+import json
 import math
 import random
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, Protocol, TypeVar, cast
@@ -97,20 +97,13 @@ class Recipe:
     own_share: float = 0.4
     rate: float = 1.5e-3
     own_rate: float = 1.1e-3
-    stay_steps: int = 400  # steps of the third stage, of one action's embedding in streams of its own
+    stay_steps: int = 900  # steps of the last stage, of one action's embedding in streams that the network continues
     stay_rate: float = 3e-3
     stay_batch: int = 4  # streams in a batch
-    stay_walks: float = 0.2  # of the streams, that walk on; the others rest
-    hold_steps: int = 220  # steps of the fourth stage, of all weights in streams of its own
-    hold_rate: float = 3e-4
-    hold_batch: int = 3
-    hold_walks: float = 0.4
-    hold_keep: float = 4.0  # weight of the difference to the weights before, where it walks
-    hold_keep_firsts: float = 1.2  # the same in first pictures
-    hold_mix: float = 0.5  # share of the fourth stage in the weights that result
-    hold_streams: int = 12
-    hold_clips: int = 1  # walks of the bank in a batch, beside the streams
-    hold_firsts: int = 2
+    stay_streams: int = 12
+    stay_walks: float = 0.5  # of the streams, that walk between rests; the others rest
+    stay_clips: int = 1  # walks of the bank in a batch, beside the streams
+    stay_firsts: int = 3
     blur: float = 0.3  # largest noise level in the past, which the network takes for clean
     save_every: float = 400.0  # seconds
     sheet_clips: int = 6  # on the sheets of pictures that are drawn whenever training is saved
@@ -119,11 +112,11 @@ class Recipe:
 SHORT = Recipe(
     stills_steps=4, stills_batch=2, vae_steps=8, vae_batch=1, vae_length=1, decoder_steps=4, decoder_batch=1,
     decoder_length=1, bank_clips=4, bank_length=6, bank_firsts=4, window=3, crop=5, batch=2, firsts=2, steps=8,
-    own_steps=4, stay_steps=2, stay_batch=2, hold_steps=2, hold_batch=2, hold_streams=2, sheet_clips=1,
+    own_steps=4, stay_steps=3, stay_batch=2, stay_streams=2, sheet_clips=1,
 )  # fmt: skip
 
 
-TUNE = replace(Recipe(), bank_clips=80, bank_firsts=200)  # from weights: one walk of the bank in a batch
+TUNE = replace(Recipe(), bank_clips=400, bank_firsts=1000)  # from weights: one walk of the bank in a batch
 
 
 def train_vae(folder: Path, recipe: Recipe) -> CausalVae:
@@ -476,7 +469,7 @@ class ClipAttention:
         return tensor.unflatten(1, (-1, self.frames, self.tokens))
 
 
-HOLD_PAST = 2  # frames before a frame, besides the first of its stream, from which on it counts
+STREAM_PAST = 2  # frames before a frame, besides the first of its stream, from which on it counts
 
 # Initial attention offsets of a layer's four heads: frames, rows and columns from each token.
 NEAR = (((-1, -1, 0), (-1, 1, 0), (-1, 0, -1), (-1, 0, 1)), ((-1, 0, 0), (-2, 0, 0), (0, 0, 0), (0, 0, 0)))
@@ -544,52 +537,34 @@ def train_transformer(folder: Path, bank: Bank, vae: CausalVae, recipe: Recipe) 
     world = TinyWorld(recipe.window)
     world = train_stage(folder, "world", world, bank, vae, recipe, recipe.steps, recipe.rate)
     world = train_stage(folder, "own", world, bank, vae, recipe, recipe.own_steps, recipe.own_rate)
-    return train_hold(folder, world, bank, vae, recipe)
+    return train_stay(folder, world, bank, vae, recipe)
 
 
-def train_hold(folder: Path, world: TinyWorld, bank: Bank, vae: CausalVae, recipe: Recipe) -> TinyWorld:
-    """Train to hold land in streams that the network makes itself, and to walk as before.
+def train_stay(folder: Path, world: TinyWorld, bank: Bank, vae: CausalVae, recipe: Recipe) -> TinyWorld:
+    """Train the embedding of the action to stay in streams that the network makes itself; walking stays as it is.
 
-    At first only the embedding of the action to stay is trained, so that walking cannot change. Then all weights are,
-    with the network from before as the teacher of all that is no rest. Returns a mix of both.
+    Walks of the bank and first frames, which have this action too, are beside them.
     """
     mean, std = (torch.tensor(values)[:, None, None] for values in (bank.mean, bank.std))
-    teacher = copy.deepcopy(world).requires_grad_(False)
-    beside = replace(recipe, batch=recipe.hold_clips, firsts=recipe.hold_firsts)
+    streams = Streams(
+        lambda pictures: (encode_pictures(vae, pictures) - mean) / std,
+        recipe.stay_streams, recipe.crop, recipe.window, recipe.stay_walks,
+    )  # fmt: skip
+    beside = replace(recipe, batch=recipe.stay_clips, firsts=recipe.stay_firsts)
 
-    def streams(walks: float) -> Streams:
-        return Streams(
-            lambda pictures: (encode_pictures(vae, pictures) - mean) / std,
-            recipe.hold_streams, recipe.crop, recipe.window, walks, loop_share=0.0,
-        )  # fmt: skip
-
-    def stay() -> tuple[Tensor, dict[str, float]]:
-        held, error = stay_loss(world, resting, recipe)
+    def loss() -> tuple[Tensor, dict[str, float]]:
+        held, error = stream_loss(world, streams, recipe)
         total, figures = world_loss(
             world, random_batch(bank, beside), random_firsts(bank, beside.firsts), beside,
             own=random.random() < recipe.own_share,
         )  # fmt: skip
-        return held + total, figures | {"beside": float(total.detach()), "hold": float(held.detach()), "error": error}
+        return held + total, figures | {"beside": float(total.detach()), "held": float(held.detach()), "error": error}
 
-    resting, optimiser = streams(recipe.stay_walks), action_optimiser(world, "stay", recipe.stay_rate)
-    run = Run(folder / "stay", world, [optimiser], recipe.stay_steps, recipe.save_every, resting, warm_up=20)
+    adam = action_optimiser(world, "stay", recipe.stay_rate)
+    run = Run(folder / "stay", world, [adam], recipe.stay_steps, recipe.save_every, streams, warm_up=20)
     if run.step < run.steps:
-        run.go(stay, lambda: world_sheet(run.average, vae, bank, recipe, folder / "stay.png"))
-    first = run.average
-    every = copy.deepcopy(first).requires_grad_(True)
-    walking = streams(recipe.hold_walks)
-    adam = torch.optim.AdamW(every.parameters(), recipe.hold_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    run = Run(folder / "hold", every, [adam], recipe.hold_steps, recipe.save_every, walking, warm_up=20)
-    if run.step < run.steps:
-        run.go(
-            lambda: hold_loss(every, teacher, walking, random_batch(bank, beside),
-                              random_firsts(bank, beside.firsts), recipe),
-            lambda: world_sheet(run.average, vae, bank, recipe, folder / "hold.png"),
-        )  # fmt: skip
-    with torch.no_grad():
-        for weight, other in zip(first.parameters(), run.average.parameters(), strict=True):
-            weight.lerp_(other, recipe.hold_mix)
-    return first
+        run.go(loss, lambda: world_sheet(run.average, vae, bank, recipe, folder / "stay.png"))
+    return run.average
 
 
 def action_optimiser(world: TinyWorld, action: str, rate: float) -> torch.optim.Optimizer:
@@ -602,63 +577,20 @@ def action_optimiser(world: TinyWorld, action: str, rate: float) -> torch.optim.
     return torch.optim.Adam([weight], rate, betas=(0.9, 0.95))
 
 
-def stay_loss(world: TinyWorld, streams: Streams, recipe: Recipe) -> tuple[Tensor, float]:
-    """Velocity loss where the simulator determines a frame, beside a past that the network made.
+def stream_loss(world: TinyWorld, streams: Streams, recipe: Recipe) -> tuple[Tensor, float]:
+    """Velocity loss of the places of streams that have a target, beside a past that the network made.
 
     Also returns the mean squared error of that past itself.
     """
-    past, true, actions, words, known = streams.advance(world, recipe.stay_batch)
-    counts = torch.ones(true.shape[:2], dtype=torch.bool)
-    counts[:, : HOLD_PAST + 1] = False
-    batch = Batch(true, actions, vague(words), counts)
+    past, target, actions, words, places = streams.advance(world, recipe.stay_batch)
+    counts = torch.ones(target.shape[:2], dtype=torch.bool)
+    counts[:, : STREAM_PAST + 1] = False
+    batch = Batch(target, actions, vague(words), counts)
     error, _ = velocity_error(world, batch, past, recipe.levels, recipe.copies, blur=0.0)
-    mask = (known & per_frame(counts)[:, :, 0]).repeat(1, recipe.copies, 1, 1)
-    wrong = (past - true).square().mean(2)[:, -1][known[:, -1]]
-    return error[mask].mean(), float(wrong.mean())
-
-
-def hold_loss(
-    world: TinyWorld, teacher: TinyWorld, streams: Streams, clips: Batch, firsts: Batch, recipe: Recipe
-) -> tuple[Tensor, dict[str, float]]:
-    """Velocity loss of rests where the simulator determines them, and the difference to the teacher elsewhere.
-
-    Both see the streams' own past, and clips of the bank beside them, of which the teacher is the target everywhere.
-    """
-    past, true, actions, words, known = streams.advance(world, recipe.hold_batch)
-    counts = torch.ones(true.shape[:2], dtype=torch.bool)
-    counts[:, : HOLD_PAST + 1] = False
-    rests = counts & (actions[..., ACTIONS.index("stay")] > 0)
-    held = torch.cat((per_frame(rests)[:, :, 0] & known, torch.zeros(len(clips.latents), *known.shape[1:]).bool()))
-    latents = torch.cat((torch.where(per_frame(rests), true, past), clips.latents))
-    batch = Batch(
-        latents, torch.cat((actions, clips.actions)), torch.cat((vague(words), clips.words)),
-        torch.cat((counts, clips.counts)),
-    )  # fmt: skip
-    blurred = torch.rand(batch.counts.shape) * recipe.blur * (torch.rand(batch.counts.shape) < 0.5)
-    blurred[: len(past)] = 0
-    clean = mixed(torch.cat((past, clips.latents)), blurred)
-    error, apart = both_errors(world, teacher, batch, clean, recipe.levels, recipe.copies)
-    _, first = both_errors(world, teacher, firsts, firsts.latents, recipe.levels, 1)
-    taught = (per_frame(batch.counts)[:, :, 0] & ~held).repeat(1, recipe.copies, 1, 1)
-    held = held.repeat(1, recipe.copies, 1, 1)
-    parts = {"hold": error[held].sum() / held.sum().clamp(min=1), "taught": apart[taught].mean(), "first": first.mean()}
-    total = parts["hold"] + recipe.hold_keep * parts["taught"] + recipe.hold_keep_firsts * parts["first"]
-    wrong = (past - true).square().mean(2)[:, -1][known[:, -1]]
-    return total, {name: float(part.detach()) for name, part in parts.items()} | {"error": float(wrong.mean())}
-
-
-def both_errors(
-    world: TinyWorld, teacher: TinyWorld, batch: Batch, clean: Tensor, levels: tuple[float, ...], copies: int
-) -> tuple[Tensor, Tensor]:
-    """Squared velocity error by place [B, copies*F, h, w], and the squared difference to the teacher's velocity."""
-    true = batch.latents.repeat(1, copies, 1, 1, 1)
-    sigmas = torch.tensor(levels)[torch.randint(len(levels), true.shape[:2])]
-    noise = torch.randn_like(true)
-    noisy = torch.lerp(true, noise, per_frame(sigmas))
-    velocity = world(clean, noisy, sigmas, batch.actions, batch.words)
-    with torch.no_grad():
-        taught = teacher(clean, noisy, sigmas, batch.actions, batch.words)
-    return (velocity - (noise - true)).square().mean(2), (velocity - taught).square().mean(2)
+    mask = places & per_frame(counts)[:, :, 0]
+    wrong = (past - target).square().mean(2)[mask]
+    mask = mask.repeat(1, recipe.copies, 1, 1)
+    return error[mask].sum() / mask.sum().clamp(min=1), float(wrong.mean()) if len(wrong) else 0.0
 
 
 def train_stage(
@@ -936,21 +868,34 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def keep_recipe(folder: Path, recipe: Recipe) -> None:
+    """Write the recipe of a run; UsageError for a folder with a run of another one."""
+    values, file = json.loads(json.dumps(asdict(recipe))), folder / "recipe.json"
+    saved = read_json(file)
+    if saved is not None and saved != values:
+        other = next(key for key in {**values, **saved} if values.get(key) != saved.get(key))
+        raise UsageError(
+            f"--out {quoted(str(folder))} has a run with {other} {quoted(saved.get(other))}; expected "
+            f"{quoted(values.get(other))}: choose another folder"
+        )
+    write_json(file, values)
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the run; a stopped run is resumed.")],
     short: Annotated[bool, typer.Option(help="A few steps of each stage, to test all of it.")] = False,
-    weights: Annotated[Path | None, typer.Option(help="Weights to begin with: only stage hold is trained.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights to begin with: only the last stage is trained.")] = None,
 ) -> None:
     """Train the small world, from scratch or from weights, and write the shipped files."""
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
+    recipe = SHORT if short else Recipe() if weights is None else TUNE
+    keep_recipe(out, recipe)
     if weights is not None:
-        recipe = SHORT if short else TUNE
         vae, world = read_weights(weights, recipe)
         bank = load_bank(out, vae, recipe)
-        export(out / "weights", vae, train_hold(out, world, bank, vae, recipe), bank)
+        export(out / "weights", vae, train_stay(out, world, bank, vae, recipe), bank)
         return
-    recipe = SHORT if short else Recipe()
     vae = train_vae(out, recipe)
     bank = load_bank(out, vae, recipe)
     world = train_transformer(out, bank, vae, recipe)
