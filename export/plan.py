@@ -28,9 +28,22 @@ SCHEMA = Path(__file__).parent / "plan.schema.json"
 
 @dataclass(frozen=True)
 class PlannedSampler(SamplerSpec):
-    """A sampler whose solver the reader may not know. own_rules: what the plan says of it."""
+    """A sampler whose solver the reader may not know. own_rules: what the plan says of it, for its number of steps.
+
+    UsageError for another solver or number of steps.
+    """
 
     own_rules: SolverRules = field(kw_only=True)
+    made_for: tuple[str, int] = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        (solver, steps), asked = self.made_for, (self.solver, self.steps)
+        if asked != (solver, steps):
+            raise UsageError(
+                f"solver is {quoted(self.solver)} with {self.steps} steps, but the plan knows the rules of "
+                f"{quoted(solver)} with {steps} steps alone; leave them as they are, or export another engine"
+            )
 
     @property
     def rules(self) -> SolverRules:
@@ -168,7 +181,9 @@ def planned_sampler(values: dict[str, Any], rules: dict[str, Any] | None) -> Sam
     known = {key: value for key, value in rules.items() if key != "conditions"}
     if conditions := rules.get("conditions"):
         known["condition"] = lambda steps, step: float(conditions[step])
-    planned: SamplerSpec = restored(PlannedSampler, values | {"own_rules": SolverRules(**known)})
+    steps = len(values["denoising_step_list"]) if known["step_list"] else values["num_steps"]
+    own = {"own_rules": SolverRules(**known), "made_for": (values["solver"], steps)}
+    planned: SamplerSpec = restored(PlannedSampler, values | own)
     return planned
 
 

@@ -220,9 +220,17 @@ def test_a_reader_needs_no_family_for_the_rules_of_its_solver(preset: str, tmp_p
     folder = write(model, tmp_path / "engine", prompts=rows_of(model))
     script = """
 import json, sys
+from dataclasses import replace
+from inferix.errors import UsageError
 from inferix.export.plan import read_plan
 sampler = read_plan(sys.argv[1]).preset.sampler
 print(json.dumps([sampler.steps, sampler.takes_strength, [sampler.condition(step) for step in range(sampler.steps)]]))
+for asked in ({"num_steps": 16}, {"solver": "unipc"}):
+    try:
+        replace(sampler, **asked)
+    except UsageError:
+        continue
+    raise AssertionError(asked)
 assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True)
