@@ -176,7 +176,7 @@ class Delivery:
             if self.thread.is_owner():
                 with self.thread.looping():
                     if not self.step():
-                        self._rest(session)
+                        self._rest(session, look.changes)
             elif not ready.wait(OWNER_WAIT):
                 self._check_driven(session, look.changes)
         return look.block
@@ -221,11 +221,11 @@ class Delivery:
                 "engine, makes none; call engine.run() there, or engine.hand_over()"
             )
 
-    def _rest(self, session: Session) -> None:
-        """Wait for the decoder or another thread. InferixError where neither can change anything."""
+    def _rest(self, session: Session, seen: int) -> None:
+        """Wait for a change since `seen` by the decoder or another thread. InferixError where neither can make one."""
         obstacle = None
         with self.condition:
-            if session.output.unfinished or self.condition.changes != self.thread.seen:
+            if session.output.unfinished or self.condition.changes != seen:
                 pass
             elif session.id in self.scheduler.waiting:
                 obstacle = self.scheduler.obstacle(session.id, self.scheduler.waiting[session.id])
@@ -236,7 +236,7 @@ class Delivery:
                 obstacle = f"the video of session {session.id} ends before block {block} (feed its pictures first)"
         if obstacle is not None:
             raise InferixError(f"{obstacle}, and this thread, which drives the engine, would wait for ever")
-        self.condition.wait_after(self.thread.seen)
+        self.condition.wait_after(seen)
 
     def _taken(self, block: Block) -> Block:
         begin, _ = block.record.marks["emit"]

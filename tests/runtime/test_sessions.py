@@ -238,6 +238,30 @@ def test_decoding_goes_on_beside_the_next_block(monkeypatch):
         assert before["decode"][0] < after["denoise"][1] and after["denoise"][0] < before["decode"][1]
 
 
+def test_blocks_that_are_finished_after_a_look_are_not_waited_for(monkeypatch):
+    """The decoder ends all blocks just after their reader has found none, and before it looks for others to make."""
+    engine, waits = small_engine(), []
+    condition = engine.manager.condition
+    with opened(engine) as session:
+        take, wait_after = session.output.take, condition.wait_after
+
+        def late():
+            block = take()
+            if block is None:
+                engine.manager.delivery.pipeline.wait(session.id)
+            return block
+
+        def watched(seen, timeout=None):
+            waits.append(len(session.output.ready))
+            assert condition.changes != seen or not session.output.ready, "it would wait for ever"
+            return wait_after(seen, timeout)
+
+        monkeypatch.setattr(session.output, "take", late)
+        monkeypatch.setattr(condition, "wait_after", watched)
+        blocks = list(session.stream(5))
+    assert same(blocks, alone(5, decode=True)) and waits and max(waits) > 0
+
+
 def test_torch_with_several_threads_decodes_between_blocks(monkeypatch):
     engine, threads, expected = small_engine(), [], alone(4, decode=True)
     decode = engine.parts.vae.decode
