@@ -98,7 +98,6 @@ class EngineThread:
         self.condition, self.device = condition, device
         self.owner: threading.Thread | None = None
         self.calls: list[tuple[Callable[[], Any], Future[Any]]] = []
-        self.seen = 0  # changes of the condition when sessions were last picked
         self.loops = 0  # loops that make blocks, nested
         self.halted = False
         self.ended = False  # the last `run` has returned, and no thread was given the engine since

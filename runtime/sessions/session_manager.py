@@ -118,9 +118,12 @@ class SessionManager:
         """Make blocks until all sessions have ended, or until `halt`."""
         self.check_owner("run()")
         with self.thread.running():
-            while not self.thread.halted and (keep or self.sessions or self.thread.calls):
+            while True:
+                seen = self.condition.changes  # before the look at what may end the loop, so that no change is missed
+                if self.thread.halted or not (keep or self.sessions or self.thread.calls):
+                    return
                 if not self.step():
-                    self.condition.wait_after(self.thread.seen, self.limits.consumer_timeout)
+                    self.condition.wait_after(seen, self.limits.consumer_timeout)
 
     # Admission and end
 
@@ -272,7 +275,6 @@ class SessionManager:
         """Apply lifecycle controls and calls, admit and degrade; then pick the sessions whose blocks come next."""
         self.check_owner("step()")
         self._check_ranks()
-        self.thread.seen = self.condition.changes
         self.delivery.pipeline.collect()
         for session in list(self.sessions.values()):
             with self.isolate_failures(session):

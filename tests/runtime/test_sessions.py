@@ -262,6 +262,25 @@ def test_blocks_that_are_finished_after_a_look_are_not_waited_for(monkeypatch):
     assert same(blocks, alone(5, decode=True)) and waits and max(waits) > 0
 
 
+def test_a_halt_just_before_a_step_ends_the_loop(monkeypatch):
+    engine = small_engine()
+    prepare, wait_after, waits = engine.manager.prepare_step, engine.manager.condition.wait_after, []
+
+    def late():
+        engine.halt()
+        return prepare()
+
+    def watched(seen, timeout=None):
+        waits.append(seen)
+        assert engine.manager.condition.changes != seen, "it would wait for ever"
+        return wait_after(seen, timeout)
+
+    monkeypatch.setattr(engine.manager, "prepare_step", late)
+    monkeypatch.setattr(engine.manager.condition, "wait_after", watched)
+    engine.run(keep=True)
+    assert len(waits) == 1
+
+
 def test_torch_with_several_threads_decodes_between_blocks(monkeypatch):
     engine, threads, expected = small_engine(), [], alone(4, decode=True)
     decode = engine.parts.vae.decode
