@@ -95,10 +95,10 @@ def export(
         return export_to_cache(model, preset, parse_size(size) if size else None, as_json)
     if out is None:
         raise UsageError("--out is missing; give the folder to write, or --cache")
-    overrides = parse_settings(settings) | ({} if lowp is None else {"lowp": lowp})
+    overrides = parse_settings(settings)
     check_settings(ctx, overrides)
     parts = {"base": base, "vae": vae, "text_encoder": text_encoder, "lora": lora, "names": names}
-    given = {key: value for key, value in parts.items() if value is not None}
+    given = {key: value for key, value in (parts | {"lowp": lowp}).items() if value is not None}
     folder = export_engine(
         model, preset, out=out, target=target, size=parse_size(size) if size else None, dtype=dtype, unroll=unroll,
         kv_dtype=kv_dtype, prefixes=prefixes, prompts=read_prompts(prompt) if prompt else (), lora_scale=lora_scale,

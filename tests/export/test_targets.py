@@ -27,7 +27,8 @@ from typer.testing import CliRunner
 import inferix
 from inferix.bench import engines
 from inferix.cli.main import app
-from inferix.errors import InferixError
+from inferix.errors import InferixError, UsageError
+from inferix.export import engine_folder
 from inferix.export.backends import OnnxRuntime
 from inferix.export.engine_folder import export_engine, write_engine
 from inferix.export.int8_layers import Int8Linear
@@ -109,6 +110,20 @@ def test_a_layer_in_int8_is_exact_in_onnx_runtime(tmp_path: Path) -> None:
         writer.write(program)
     made = OnnxRuntime(Plan(tmp_path, {}), 1).load(tmp_path / "layer.onnx", ["x"], ["y"])({"x": rows[None].numpy()})
     np.testing.assert_allclose(made["y"], expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+def test_the_command_passes_on_which_layers_are_in_int8(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: dict[str, Any] = {}
+
+    def record(*_: object, **settings: Any) -> None:
+        given.update(settings)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(engine_folder, "export_engine", record)
+    keep = ["--set", 'lowp_keep=["blocks.0.*"]']
+    done = CliRunner().invoke(app, ["export", "--lowp", "int8", *keep, "--out", str(tmp_path / "engine")])
+    assert done.exit_code == 2
+    assert given["lowp"] == "int8" and list(given["lowp_keep"]) == ["blocks.0.*"]
 
 
 @pytest.mark.slow
