@@ -96,7 +96,7 @@ def video_data(video: VideoDrift) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for name, metric in video.metrics.items():
         if metric.error is not None:
-            metrics[name] = {"error": metric.error}
+            metrics[name] = {"error": metric.error} | ({"undefined": True} if metric.undefined else {})
             continue
         metrics[name] = {
             "scores": numbers(metric.scores),
@@ -192,8 +192,9 @@ def summary_of(name: str, videos: Sequence[dict[str, Any]], seed: int) -> dict[s
 
 
 def has_faults(results: dict[str, Any]) -> bool:
-    """Return True if a video was skipped or a metric of a video has no figures."""
-    errors = any("error" in metric for video in results["videos"] for metric in video["metrics"].values())
+    """Return True if a video was skipped, or has no figures of a metric that is defined for it."""
+    metrics = (metric for video in results["videos"] for metric in video["metrics"].values())
+    errors = any("error" in metric and not metric.get("undefined") for metric in metrics)
     return bool(results["skipped"]) or errors
 
 

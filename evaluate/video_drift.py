@@ -50,6 +50,7 @@ class MetricDrift:
     segments whatever the prompts: mean scores, and for features the consistency inside the segment. curve: one value a
     frame, NaN where there is none; for features the similarity to the mean of the first segment. lags: for features,
     similarity to the frame so many frames before. error: why there are no figures; all others are empty then.
+    undefined: it is that a segment shows nothing that the metric scores, such as a still region.
     """
 
     scorer: Scorer
@@ -61,6 +62,7 @@ class MetricDrift:
     curve: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     lags: dict[int, NDArray[np.float64]] = field(default_factory=dict)
     error: str | None = None
+    undefined: bool = False
 
 
 @dataclass
@@ -221,6 +223,7 @@ class Record:
                 if missing := [f"{start}-{stop - 1}" for mean, (start, stop) in zip(means, where, strict=True)
                                if math.isnan(mean)]:  # fmt: skip
                     metric.error = f"no score in the {name}segment of frames {missing[0]}"
+                    metric.undefined = self.scorer.partial
                     return metric
         metric.vde = {weights: vde(metric.vde_scores, weights) for weights in VDE_WEIGHTS}
         counts = [len(span) for span in spans]

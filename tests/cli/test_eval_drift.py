@@ -15,7 +15,7 @@ from planted import FPS, planted
 from inferix import evaluate
 from inferix.cli.generate import meter_share
 from inferix.cli.main import app
-from inferix.evaluate.results import SCHEMA, compare, read_results, score_video
+from inferix.evaluate.results import SCHEMA, compare, has_faults, read_results, score_video
 from inferix.runtime.media import VideoWriter
 from inferix.runtime.media_input import video_facts, video_seconds
 
@@ -63,6 +63,23 @@ def test_drift_writes_results_and_a_page(videos, tmp_path):
     page = (tmp_path / "drift.html").read_text("utf-8")
     assert page.count("<svg") == 4 and "data:image/png;base64," in page
     assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_a_metric_that_a_segment_has_nothing_for_is_a_note_and_no_fault(tmp_path):
+    """All of the picture moves, so that there is no still region whose flicker could be seen."""
+    import cv2
+
+    texture = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 255, (64, 160, 3), np.uint8), (9, 9), 0)
+    with VideoWriter(tmp_path / "pan.mp4", FPS, (64, 64)) as writer:
+        for frame in range(24):
+            writer.add(np.ascontiguousarray(texture[None, :, 4 * frame : 4 * frame + 64]))
+    run = inferix("eval", "drift", tmp_path / "pan.mp4", "--metrics", "flicker,exposure", "--json")
+    assert run.exit_code == 0, run.output
+    results = json.loads(run.stdout)
+    (video,) = results["videos"]
+    assert video["metrics"]["flicker"].pop("error") and video["metrics"]["flicker"] == {"undefined": True}
+    assert "loss" in video["metrics"]["exposure"]["vde2"]["late"] and len(results["notes"]) == 1
+    assert has_faults({"videos": [{"metrics": {"exposure": {"error": "not a number"}}}], "skipped": []})
 
 
 def test_unusable_videos_are_skipped_and_listed(videos, tmp_path):
