@@ -63,7 +63,7 @@ class Truth:
 
 @dataclass
 class Land:
-    """What a stream has shown of the land: latents as first drawn [C, H, W], and by whom, and when it was in view last.
+    """Map of the land that a stream has shown: latents as first drawn [C, H, W].
 
     own: the model drew it [H, W]. last: the latest frame that showed it [H, W], below -reach if none has. corner:
     column and row of the first place. reach: frames after which land that is out of view is forgotten.

@@ -32,9 +32,10 @@ class Network {
     void follow(const Tensor& rows);
     // Run a pass over clean latents [F, C, h, w] of the past in the branches that follow the prompt.
     void recompute(const ScheduledPass& scheduled, const Tensor& latents);
-    // Run a pass over latents [F, C, h, w] in the branches that it needs; returns the velocity, guided. texts: by frame,
-    // where they are not those in force.
-    Tensor run(const ScheduledPass& scheduled, const Tensor& latents, const std::map<int64_t, const Texts*>& texts = {});
+    // Run a pass over latents [F, C, h, w] in the branches that it needs; returns the velocity, guided. texts_of: by
+    // frame, where they are not those in force.
+    Tensor run(
+        const ScheduledPass& scheduled, const Tensor& latents, const std::map<int64_t, const Texts*>& texts_of = {});
     // Run all steps of a block over its noise [draws, F, C, h, w] in one program; returns clean latents.
     Tensor run_steps(const ScheduledPass& scheduled, const Tensor& noise);
 

@@ -70,7 +70,8 @@ Frames Past::bind(const std::map<int64_t, int64_t>& past, Values& values, Result
         auto [frame, position] = *found;
         seen.push_back(frame);
         places.push_back(int64_t(slot));
-        if (int64_t shift = position - stored_.at(frame); shift != shifts_.at(frame)) rotate(int64_t(slot), frame, shift);
+        int64_t shift = position - stored_.at(frame);
+        if (shift != shifts_.at(frame)) rotate(int64_t(slot), frame, shift);
     }
     bool all = seen.size() == slots_.frames.size();
     for (const auto& [name, tensor] : values_) {

@@ -131,7 +131,8 @@ PromptTable::PromptTable(const Plan& plan) {
     if (rows_.data.size() != known_.size() * size_t(words_ ? dim_ : length_ * dim_))
         throw UsageError("rows of prompts do not fit plan.json; export the engine again");
     if (text.has("null")) null_ = read_npy(plan.folder / text.at("null").string());
-    if (has_null() && (null_.shape.size() != 3 || null_.shape[0] != 2 || null_.shape[1] < length_ || null_.shape[2] != dim_))
+    const Shape& null = null_.shape;
+    if (has_null() && (null.size() != 3 || null[0] != 2 || null[1] < length_ || null[2] != dim_))
         throw UsageError("rows of the null caption do not fit plan.json; export the engine again");
 }
 
@@ -139,7 +140,8 @@ Tensor PromptTable::inputs(const Tensor& rows, bool dropped) const {
     if (!has_null()) return rows;
     auto null = null_.data.begin() + (dropped ? null_.stride() : 0);
     Tensor made({1, null_.shape[1], dim_}, std::vector<float>(null, null + null_.stride()));
-    if (std::ranges::any_of(rows.data, [](float value) { return value != 0; })) std::ranges::copy(rows.data, made.data.begin());
+    bool given = std::ranges::any_of(rows.data, [](float value) { return value != 0; });
+    if (given) std::ranges::copy(rows.data, made.data.begin());
     return made;
 }
 

@@ -57,12 +57,13 @@ Stream::Stream(std::shared_ptr<const Engine> engine, const std::string& prompt, 
     seed_ = seed;
     const Plan& plan = engine_->plan;
     bool guided = network_.guide.needs_negative() || engine_->policy.clean_null;
+    std::string expected = "none, for a preset without guidance";
+    if (guided) expected = "one, for a preset with clean frames under a null caption";
+    if (network_.guide.needs_negative()) expected = "one, for a preset with guidance";
     if (guided < negative.has_value() || (guided && !negative && !engine_->prompts.has_null()))
-        throw UsageError(std::string("negative prompt: expected ") +
-                         (!guided                              ? "none, for a preset without guidance"
-                          : network_.guide.needs_negative() ? "one, for a preset with guidance"
-                                                            : "one, for a preset with clean frames under a null caption"));
-    for (size_t index = 0; index < actions.size(); ++index) network_.actions[int64_t(index) + 1] = action_number(actions[index]);
+        throw UsageError("negative prompt: expected " + expected);
+    for (size_t index = 0; index < actions.size(); ++index)
+        network_.actions[int64_t(index) + 1] = action_number(actions[index]);
     if (!actions.empty()) network_.actions[int64_t(actions.size()) + 1] = 0;
     rows_ = engine_->prompts.encode(prompt);
     network_.begin(rows_, negative ? engine_->prompts.encode(*negative) : engine_->prompts.nothing());

@@ -20,6 +20,7 @@ from inferix.schemes.block_schedule import (
     ScheduledPass,
     commit_pass,
     next_block,
+    rebuild_pass,
     recache_pass,
     stream_blocks,
     window_of,
@@ -76,6 +77,20 @@ def test_the_engine_runs_the_schedule(name: str, overrides: dict, monkeypatch: p
         for scheduled in next_block(timeline, flight, sampler.of_block(block).timesteps).passes:
             expected += scheduled.branch_runs(preset.sampler.guide).values()
     assert ran == expected
+
+
+@pytest.mark.parametrize("rebuilds", [False, True])
+def test_passes_over_the_past_have_the_condition_of_a_commit(rebuilds: bool) -> None:
+    """As the network of a distilled model asks for with each timestep."""
+    alone = {"window_blocks": 1, "commit_in_next": False, "clean_text": "prompt", "local_attn_size": 12}
+    ranges = {"noise2clean_kvrange": (), "clean_chunk_kvrange": 0}
+    again = {"segment_frames": 12, "rebuild_frames": 6, "prompt_switch": "cut"}
+    preset = make_preset("magi-tiny-distill", **alone, **ranges, **(again if rebuilds else {"prompt_switch": "recache"}))
+    timeline = Timeline(preset)
+    spans = [timeline.admit() for _ in range(2)]
+    scheduled = rebuild_pass(timeline) if rebuilds else recache_pass(timeline)
+    assert scheduled is not None and scheduled.run.condition is not None
+    assert scheduled.run.condition == commit_pass(timeline, spans[0]).run.condition == preset.sampler.condition(0)
 
 
 def test_frames_of_a_clamped_image_are_clean_in_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:
