@@ -85,12 +85,14 @@ def test_passes_over_the_past_have_the_condition_of_a_commit(rebuilds: bool) -> 
     alone = {"window_blocks": 1, "commit_in_next": False, "clean_text": "prompt", "local_attn_size": 12}
     ranges = {"noise2clean_kvrange": (), "clean_chunk_kvrange": 0}
     again = {"segment_frames": 12, "rebuild_frames": 6, "prompt_switch": "cut"}
-    preset = make_preset("magi-tiny-distill", **alone, **ranges, **(again if rebuilds else {"prompt_switch": "recache"}))
+    switch = again if rebuilds else {"prompt_switch": "recache"}
+    preset = make_preset("magi-tiny-distill", **alone, **ranges, **switch)
     timeline = Timeline(preset)
     spans = [timeline.admit() for _ in range(2)]
+    commit = commit_pass(timeline, spans[0])  # before a rebuild moves the frames
     scheduled = rebuild_pass(timeline) if rebuilds else recache_pass(timeline)
     assert scheduled is not None and scheduled.run.condition is not None
-    assert scheduled.run.condition == commit_pass(timeline, spans[0]).run.condition == preset.sampler.condition(0)
+    assert scheduled.run.condition == commit.run.condition == preset.sampler.condition(0)
 
 
 def test_frames_of_a_clamped_image_are_clean_in_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:
