@@ -152,6 +152,7 @@ class Stream:
         made = []
         while self.timeline.next_frame < frames:
             span = self.timeline.admit(given=True)
+            self.timeline.follow_rest(self.actions.resting_since(span.frames.start - 1))
             block = np.concatenate(latents[span.frames.start : span.frames.stop])
             self.commit(span, block)
             made.append(self.decode(block))
@@ -246,6 +247,7 @@ class Stream:
     def admit(self, draws: int) -> BlockInFlight:
         """Admit the next block of the timeline, and draw its noise."""
         span, shape = self.timeline.admit(), tuple(self.plan["size"]["latent"])
+        self.timeline.follow_rest(self.actions.resting_since(span.frames.start - 1))
         noise = [normals(self.seed, span.frames, draw, shape) for draw in range(draws)]
         return BlockInFlight(span, noise, noise[0])
 

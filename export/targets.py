@@ -20,7 +20,6 @@ FEATURES = {  # what a preset or a command may ask of an engine
     "recomputed context": "segment_frames above 0 or commit false, as in causvid and krea",
     "commit in the next pass": "commit_in_next true",
     "averaged sink": "sink_decay below 1",
-    "sink of a rest": "rest_sink true",
     "context by noise level": "noise2clean_kvrange, clean_chunk_kvrange or clean_text null",
     "memory weights": "clean_weights memory: a second set of weights makes the past, as in sgf-plus",
     "two experts": "boundary_ratio above 0: two sets of weights, each with a past of its own",
@@ -83,7 +82,7 @@ class Target:
 
 PLAIN = frozenset(FEATURES) - {
     "several prompts in a pass", "recomputed context", "commit in the next pass", "averaged sink",
-    "sink of a rest", "context by noise level", "two experts", "endless window", "sink at several distances",
+    "context by noise level", "two experts", "endless window", "sink at several distances",
     "guidance by past", "channels of frames", "unrolled joint steps", "pasted pictures", "float16", "bfloat16",
     "keys and values in int8", "int8 in passes of groups", "keys and values in fp8", "layers in int8", "layers in fp8",
 }  # fmt: skip
@@ -131,7 +130,6 @@ def needed_features(
         "recomputed context": context.segment_frames > 0 or not context.commit,
         "commit in the next pass": context.commit_in_next,
         "averaged sink": context.sink_decay < 1,
-        "sink of a rest": context.rest_sink,
         "context by noise level": context.has_key_ranges or context.clean_text != "prompt",
         "memory weights": context.clean_weights != "plain",
         "two experts": preset.sampler.boundary_ratio > 0,

@@ -316,17 +316,10 @@ class BlockLoop:
     def begin(self, state: SessionState) -> Span:
         """Admit the frames of the next block, and put the prompt that was given for it in force."""
         span = state.timeline.admit()
-        self.follow_rest(state, span)
+        state.timeline.follow_rest(state.actions.resting_since(span.frames.start - 1))
         if (rows := state.prompts.pop(span.index, None)) is not None:
             self.use_prompt(state, rows)
         return span
-
-    def follow_rest(self, state: SessionState, span: Span) -> None:
-        """Move the sink where the stream has rested until a new block begins, as the policy's `rest_sink` says."""
-        if state.preset.context.rest_sink and span.frames.start:
-            arrival = state.actions.resting_since(span.frames.start - 1)
-            if arrival is not None:
-                state.timeline.move_sink(arrival)
 
     def advance(self, state: SessionState, block: BlockInFlight, velocity: Tensor) -> None:
         """Take one solver step of one block; velocity [F, C, H, W]."""
@@ -568,7 +561,7 @@ class BlockLoop:
         frames = []
         while state.timeline.next_frame < len(latents):
             span = state.timeline.admit(given=True)
-            self.follow_rest(state, span)
+            state.timeline.follow_rest(state.actions.resting_since(span.frames.start - 1))
             part = latents[span.frames.start : span.frames.stop]
             self.run_alone(self.commit(state, span, part))
             pixels = state.decoder.advance(part)

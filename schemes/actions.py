@@ -45,7 +45,12 @@ class ActionTrack:
         return twin
 
     def resting_since(self, frame: int) -> int | None:
-        """The frame whose place `frame` still shows, as all after it are at rest; None if `frame` has an action."""
+        """The frame whose place `frame` still shows, as all after it are at rest; None if `frame` has another action.
+
+        Also None for a frame below 0, before the stream, and for models without actions.
+        """
+        if frame < 0 or not self.names:
+            return None
         run = bisect_right(self.starts, frame) - 1
         return max(0, self.starts[run] - 1) if self.indices[run] == 0 else None
 

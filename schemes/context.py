@@ -43,8 +43,10 @@ class ContextPolicy:
     block at timestep 0 (`clamp`); or whole blocks of an image or video are committed, and before each pass the frames
     that are left are put over the first ones of the first block, which keeps its timestep (`paste`); or it is given to
     every pass as channels beside the latents, with a mask, and its frame is generated like any other (`channels`).
-    rest_sink: a frame that leaves the window becomes the sink where the sink shows another place, and all frames after
-    it are at rest (the model's first action). So a stream that stands still keeps what it saw when it arrived.
+    rest_sink: frames of a rest (the model's first action) that become the sink as the first of them leaves the window;
+    0 for none. So a stream that stands still keeps what it saw when it arrived, and its errors do not add up. Where it
+    moves on, the window takes their places back, one block at a time, but for those of the first `sink_size`. Models
+    without actions never rest.
     sink_decay: share of the sink that stays when a frame leaves the window, whose share is the rest; 1 leaves the sink
     as it is. rewind_blocks: how many of the last blocks a session can be taken back by.
     noise2clean_kvrange: blocks that a block sees, itself the last of them, in each of equally many shares of its steps,
@@ -72,7 +74,7 @@ class ContextPolicy:
     blend_blocks: int = 1
     shot_offset: int = 0
     image: str = "prefix"
-    rest_sink: bool = False
+    rest_sink: int = 0
     sink_decay: float = 1.0
     rewind_blocks: int = 0
     noise2clean_kvrange: tuple[int, ...] = ()
@@ -91,7 +93,7 @@ class ContextPolicy:
                 raise UsageError(f"{key} is {quoted(getattr(self, key))}; expected one of {', '.join(known)}")
         if self.local_attn_size < 1 and self.local_attn_size != -1:
             raise UsageError(f"local_attn_size is {self.local_attn_size}; expected 1 or more, or -1 for all frames")
-        counts = ("sink_size", "segment_frames", "rebuild_frames", "shot_offset", "rewind_blocks")
+        counts = ("sink_size", "rest_sink", "segment_frames", "rebuild_frames", "shot_offset", "rewind_blocks")
         for key in (*counts, "clean_chunk_kvrange"):
             if getattr(self, key) < 0:
                 raise UsageError(f"{key} is {getattr(self, key)}; expected 0 or more")
@@ -131,13 +133,6 @@ class ContextPolicy:
             raise UsageError(
                 f"clean_weights is {quoted(self.clean_weights)}, but commit_in_next runs a commit and a denoising step "
                 "in one pass; set it to false"
-            )
-        plain = self.commit and self.segment_frames == 0 and not (self.has_key_ranges or self.commit_in_next)
-        if self.rest_sink and (self.local_attn_size == -1 or self.sink_decay < 1 or self.shot_offset or not plain):
-            raise UsageError(
-                f"rest_sink is true, but local_attn_size is {self.local_attn_size}, sink_decay {self.sink_decay}, "
-                f"shot_offset {self.shot_offset}, or the policy recomputes the context, has key ranges or commits in "
-                "the next block; expected none of these"
             )
         if self.blend_blocks < 1:
             raise UsageError(f"blend_blocks is {self.blend_blocks}; expected 1 or more")
@@ -210,6 +205,17 @@ class ContextPolicy:
                 f"plus sink_size {self.sink_size}; widen the window or shrink the ranges"
             )
 
+    def most_rest_frames(self, frames: int, window_blocks: int) -> int:
+        """Largest `rest_sink` for blocks of `frames`, so many at a time; 0 where the sink cannot move to a rest.
+
+        The newest block and one before it stay beside the sink, and its frames leave the window at once.
+        """
+        moved = self.sink_decay < 1 or self.shot_offset or self.segment_frames or not self.commit
+        if moved or self.has_key_ranges or self.commit_in_next or window_blocks > 1 or not 0 < self.sink_size <= frames:
+            return 0
+        most = self.local_attn_size - 2 * frames
+        return most if most >= self.sink_size else 0
+
     def check_blocks(self, frames: int, window_blocks: int) -> None:
         """UsageError unless blocks of `frames`, so many at a time, fit beside the sink."""
         needed = frames * window_blocks + self.sink_size
@@ -224,10 +230,13 @@ class ContextPolicy:
                 "commit_sees_sink is false, but window_blocks is 1, and a block that is denoised alone writes in the "
                 "window of its commit; set it to true, or denoise several blocks together"
             )
-        if self.rest_sink and (window_blocks > 1 or not 0 < self.sink_size <= frames):
+        most = self.most_rest_frames(frames, window_blocks)
+        if self.rest_sink and not self.sink_size <= self.rest_sink <= most:
             raise UsageError(
-                f"rest_sink is true, but sink_size is {self.sink_size} and window_blocks {window_blocks}; expected a "
-                f"sink of 1 to {frames} frames, which leave the window at once, and blocks that are denoised alone"
+                f"rest_sink is {self.rest_sink}; expected 0{f', or {self.sink_size} to {most}' if most else ''}: it "
+                f"needs a window that ends, of {self.rest_sink} frames and two blocks of {frames}, and a sink of 1 to "
+                f"{frames} frames, without sink_decay, shot_offset, window_blocks, segment_frames, commit=false, "
+                "commit_in_next or ranges of keys"
             )
         if self.segment_frames and self.segment_frames < self.rebuild_frames + frames:
             raise UsageError(

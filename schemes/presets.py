@@ -136,19 +136,27 @@ FIELDS: dict[str, tuple[str | None, str]] = {  # flat name -> (part of the prese
 
 
 def with_settings(preset: Preset, /, **overrides: Any) -> Preset:
-    """Return a preset with some fields replaced, by flat name; UsageError names the nearest for an unknown one."""
+    """Return a preset with some fields replaced, by flat name; UsageError names the nearest for an unknown one.
+
+    Unless it is replaced itself, `rest_sink` is at most what the other settings allow.
+    """
     changes: dict[str | None, dict[str, Any]] = {None: {}, "sampler": {}, "context": {}}
     for key, value in overrides.items():
         if key not in FIELDS:
             raise no_setting(key, FIELDS)
         part, kind = FIELDS[key]
         changes[part][key] = _checked(key, value, kind)
-    return dataclasses.replace(
+    made = dataclasses.replace(
         preset,
         sampler=dataclasses.replace(preset.sampler, **changes["sampler"]),
-        context=dataclasses.replace(preset.context, **changes["context"]),
+        context=dataclasses.replace(preset.context, **{"rest_sink": 0, **changes["context"]}),
         **changes[None],
     )
+    if "rest_sink" in overrides:
+        return made
+    most = made.context.most_rest_frames(made.num_frame_per_block, made.window_blocks)
+    held = min(preset.context.rest_sink, most)
+    return dataclasses.replace(made, context=dataclasses.replace(made.context, rest_sink=held))
 
 
 def plain_fields(preset: Preset) -> dict[str, Any]:

@@ -68,15 +68,22 @@ class Timeline:
             self.shot += 1
             self.pin_next = True
 
-    def move_sink(self, arrival: int) -> None:
-        """Make the frames that leave the window of the newest block the sink, if that shows a place left before.
+    def follow_rest(self, arrival: int | None) -> None:
+        """Hold frames of a rest as the sink, as the policy's `rest_sink` says, or give them back to the window.
 
-        arrival: the frame since which the stream rests. Pages of these frames are still in the cache.
+        arrival: the frame whose place the block before the newest still shows; None if that block moved. Pages of the
+        frames that become the sink are still in the cache.
         """
-        size, count = self.preset.context.local_attn_size, len(self.sink)
-        first = self.next_frame - size
-        if self.sink[0] < arrival <= first:
-            self.sink = tuple(range(first, first + count))
+        policy = self.preset.context
+        self.sink = self.sink[: max(policy.sink_size, policy.rest_sink)]  # fewer once the window has become narrower
+        rests = policy.rest_sink > 0 and arrival is not None
+        if rests and len(self.sink) == policy.rest_sink and arrival <= self.sink[0]:
+            return
+        first = self.next_frame - policy.local_attn_size  # the first frame that the newest block does not see
+        if rests and arrival <= first:
+            self.sink = tuple(range(first, first + policy.rest_sink))
+        else:
+            self.sink = self.sink[: max(policy.sink_size, len(self.sink) - self.preset.num_frame_per_block)]
 
     def visible(self, end: int) -> tuple[int, ...]:
         """Frames seen by those that end before frame `end`, ascending."""

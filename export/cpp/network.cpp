@@ -150,6 +150,14 @@ Tensor Network::run_steps(const ScheduledPass& scheduled, const Tensor& noise) {
     return clean;
 }
 
+std::optional<int64_t> Network::resting_since(int64_t frame) const {
+    if (frame < 0 || engine_.plan.at("model").at("actions").items().empty()) return std::nullopt;
+    auto run = std::prev(actions.upper_bound(frame));
+    if (run->second != 0) return std::nullopt;
+    while (run != actions.begin() && std::prev(run)->second == 0) --run;
+    return std::max<int64_t>(0, run->first - 1);
+}
+
 std::optional<Tensor> Network::run_branch(
     size_t number, const Pass& run, const Tensor& latents, const std::map<int64_t, const Texts*>& texts_of) {
     Frames clean;

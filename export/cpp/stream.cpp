@@ -180,6 +180,7 @@ Block Stream::denoise(Tensor& latents, Texts& texts) {
 void Stream::admit(int64_t draws) {
     const Shape shape = engine_->plan.at("size").at("latent").integers();
     Block block = timeline_.admit();
+    timeline_.follow_rest(network_.resting_since(block.frames.front() - 1));
     InFlight made;
     for (int64_t draw = 0; draw < draws; ++draw)
         made.seen.push_back(normals(seed_, block.frames, uint32_t(draw), shape));

@@ -15,6 +15,7 @@ Policy::Policy(const Json& plan) {
     steps = int64_t(sampler.at("timesteps").items().size());
     window = context.at("local_attn_size").integer();
     sink_size = context.at("sink_size").integer();
+    rest_sink = context.at("rest_sink").integer();
     shot_offset = context.at("shot_offset").integer();
     blend_blocks = context.at("blend_blocks").integer();
     relative = context.at("positions").string() == "window-relative";
@@ -33,7 +34,7 @@ Policy::Policy(const Json& plan) {
     if (sampler.has("rules") && sampler.at("rules").has("conditions"))
         conditions = sampler.at("rules").at("conditions").reals();
     bool supported = window > 0 && context.at("commit").truth() && context.at("segment_frames").integer() == 0 &&
-                     context.at("sink_decay").real() == 1 && !context.at("rest_sink").truth();
+                     context.at("sink_decay").real() == 1;
     if (!supported)
         throw UsageError("preset " + preset.at("name").string() +
                          " needs what this runner does not do; use inferix-run, or export another preset");
@@ -75,6 +76,17 @@ void Timeline::cut_shot() {
     if (policy.shot_offset == 0) return;
     ++shot;
     pin_next = true;
+}
+
+void Timeline::follow_rest(std::optional<int64_t> arrival) {
+    auto count = int64_t(sink.size());
+    bool rests = policy.rest_sink > 0 && arrival;
+    if (rests && count == policy.rest_sink && *arrival <= sink.front()) return;
+    int64_t first = next_frame - policy.window;  // the first frame that the newest block does not see
+    if (rests && *arrival <= first)
+        sink = range(first, first + policy.rest_sink);
+    else
+        sink.resize(size_t(std::max(policy.sink_size, count - policy.block)));
 }
 
 Frames Timeline::visible(int64_t end) const {

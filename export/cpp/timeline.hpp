@@ -15,7 +15,7 @@ namespace inferix {
 
 // The settings of a preset that a stream follows.
 struct Policy {
-    int64_t block, window_blocks, steps, window, sink_size, shot_offset, blend_blocks, clean_range;
+    int64_t block, window_blocks, steps, window, sink_size, rest_sink, shot_offset, blend_blocks, clean_range;
     bool single_first, relative, contiguous, moving, commit_sees_sink, recaches, recache_sink, blends, joins;
     bool commit_in_next, clean_null;
     double context_timestep;
@@ -50,6 +50,9 @@ class Timeline {
 
     Block admit();
     void cut_shot();
+    // Hold frames of a rest as the sink, or give them back to the window. arrival: the frame whose place the block before
+    // the newest still shows; none if that block moved.
+    void follow_rest(std::optional<int64_t> arrival);
     // True where a new block joins before the next denoising pass. flight: blocks in flight.
     bool joins(const std::vector<Progress>& flight) const;
     // One step of all blocks in flight, after the commit of the uncommitted block, which is none from then on.

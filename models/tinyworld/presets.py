@@ -14,6 +14,7 @@ PRESET = Preset(
         solver="unipc", num_steps=4, guidance_scale=1.0,
     ),
     context=ContextPolicy(
-        local_attn_size=6, sink_size=1, positions="window-relative", prompt_switch="recache", recache_sink=True
+        local_attn_size=6, sink_size=1, positions="window-relative", prompt_switch="recache", recache_sink=True,
+        rest_sink=4,
     ),
 )  # fmt: skip

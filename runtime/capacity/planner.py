@@ -25,7 +25,7 @@ from ...schemes.block_schedule import (
     supports_whole_block,
 )
 from ...schemes.page_needs import branches, conditionings, page_needs, staging_slots, window
-from ...schemes.presets import FIELDS, Preset
+from ...schemes.presets import FIELDS, Preset, with_settings
 from ..executor_specs import REFERENCE, executor_spec
 from ..limits import Limits
 from ..sampler import scheduled_blocks
@@ -118,8 +118,7 @@ def with_window(preset: Preset, frames: int) -> Preset:
     """Return the preset with a window of `frames` frames; UsageError if a block does not fit into it."""
     field = window_field(preset)
     value = frames - preset.num_frame_per_block if field == "rebuild_frames" else frames
-    changed: dict[str, Any] = {field: value}
-    return replace(preset, context=replace(preset.context, **changed))
+    return with_settings(preset, **{field: value})
 
 
 def shortest_window(preset: Preset) -> int:

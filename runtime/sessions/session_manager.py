@@ -15,7 +15,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from ...errors import InferixError, RankFailed, SessionEnded, UsageError
 from ...models.decoder import Decoder
-from ...schemes.presets import Preset
+from ...schemes.presets import Preset, with_settings
 from ..capacity.memory_need import session_need
 from ..engine_condition import EngineCondition
 from ..finite_check import Check
@@ -51,8 +50,7 @@ FORK_LOCKS: list[EngineCondition] = []  # held while the process is forked
 def narrower(preset: Preset, frames: int) -> Preset:
     """A preset with a window of at most `frames` latent frames; UsageError if a block does not fit into it."""
     size = preset.context.local_attn_size
-    window = frames if size == -1 else min(size, frames)
-    return replace(preset, context=replace(preset.context, local_attn_size=window))
+    return with_settings(preset, local_attn_size=frames if size == -1 else min(size, frames))
 
 
 class SessionManager:

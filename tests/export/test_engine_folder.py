@@ -92,6 +92,7 @@ MEMORY = {"local_attn_size": 5, "sink_size": 1, "denoising_step_list": (1000, 50
 ROLLING = {"num_frame_per_block": 1, "local_attn_size": 8, "sink_size": 2}
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "moving positions, recached sink, actions": ("tinyworld", 9, {"spec": WORLD}),
+    "rest, recached": ("tinyworld", 18, {"spec": WORLD}),
     "unrolled": ("tinyworld", 6, {"spec": WORLD, "unroll": True}),
     "recache beside a sink": ("longlive", 7, {}),
     "single first frame": ("self-forcing", 5, {"independent_first_frame": True, "local_attn_size": 9}),

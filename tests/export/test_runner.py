@@ -29,7 +29,7 @@ from inferix.export.run import main as inferix_run
 from inferix.export.targets import TARGETS
 from inferix.runtime.y4m import Y4mWriter
 
-CONTROLS = ["--prompt-at", "0.6", PROMPTS[1], "--actions", "left right 2l stay 6r"]
+CONTROLS = ["--prompt-at", "0.6", PROMPTS[1], "--actions", "left right 2l 9s 4r"]  # a rest longer than the window
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
 MODELS: dict[str, dict[str, Any]] = {
     "Wan VAE": {"preset": "longlive", "local_attn_size": 9},
@@ -71,7 +71,7 @@ def expect_backend(built: Built, target: str) -> None:
 
 def in_python(folder: Path, seed: int, blocks: int) -> list[MadeBlock]:
     """The stream of `CONTROLS` by the runner in Python."""
-    script = ["left", "right", "left", "left", "stay", *["right"] * 6]
+    script = ["left", "right", "left", "left", *["stay"] * 9, *["right"] * 4]
     stream, made = ExportedEngine(folder, 1).open(PROMPTS[0], seed, script), []
     for index in range(blocks):
         if index == 2:  # the first block that begins 0.6 s into a video of 8 frames a second
@@ -100,7 +100,7 @@ def written(frames: list[NDArray[np.uint8]], fps: int, path: Path) -> NDArray[np
 
 def compare_controlled(built: Built, folder: Path, tmp_path: Path) -> None:
     """Play an engine under `CONTROLS` and a seed above 2**32 by both runners."""
-    seed, blocks = (1 << 40) + 5, 12
+    seed, blocks = (1 << 40) + 5, 18
     out, latents = tmp_path / "out.y4m", tmp_path / "out.npy"
     done = built.run(folder, "--seed", seed, "--out", out, "--latents", latents, *CONTROLS)
     assert done.returncode == 0, done.stderr
@@ -211,8 +211,8 @@ def test_the_result_as_json(built: Built, toy: Path, tmp_path: Path) -> None:
 
 def test_a_stream_saved_by_the_runner_goes_on(built: Built, toy: Path, tmp_path: Path) -> None:
     whole, parts, saved = tmp_path / "whole.y4m", [tmp_path / f"{part}.y4m" for part in range(2)], tmp_path / "a.stream"
-    assert built.run(toy, "--blocks", 9, "--seed", 3, "--out", whole).returncode == 0
-    assert built.run(toy, "--blocks", 5, "--seed", 3, "--out", parts[0], "--save", saved).returncode == 0
+    assert built.run(toy, "--blocks", 12, "--seed", 3, "--out", whole).returncode == 0
+    assert built.run(toy, "--blocks", 8, "--seed", 3, "--out", parts[0], "--save", saved).returncode == 0
     assert built.run(toy, "--blocks", 4, "--restore", saved, "--out", parts[1]).returncode == 0
     np.testing.assert_array_equal(np.concatenate([planes(part, 32) for part in parts]), planes(whole, 32))
     content = saved.read_bytes()
@@ -274,7 +274,7 @@ def test_bad_input_is_refused_in_one_line(built: Built, toys: dict[str, Path], t
         (damaged("other", lambda copy: change(copy, format="x")), [], FILE),
         (damaged("size", copy_size), [], "64x64"),
         (damaged("int8", lambda copy: change(copy, version=2, kv_dtype="int8")), [], "int8"),
-        (damaged("rests", lambda copy: change_context(copy, rest_sink=True)), [], "tinyworld"),
+        (damaged("averages", lambda copy: change_context(copy, sink_decay=0.5)), [], "tinyworld"),
         (toy, ["--json", "--out", "-"], "--json"),
         (toy, ["--size", "64x64"], "64x64"),
         (toy, ["--blocks", "1", "--restore", str(saved)], str(saved)),

@@ -86,19 +86,22 @@ def test_window_and_sink_hold_over_a_long_walk(engine, blocks):
     assert last.std() > 5  # not a flat picture
 
 
-def test_the_sink_of_a_rest_is_kept_in_the_cache():
-    resting = inferix.load("tinyworld", device="cpu", rest_sink=True)
-    walk = ["right"] * 2 + ["stay"] * 8
-    with resting.open(prompt=SCENE.prompt, actions=walk) as session:
+def test_the_sink_of_a_rest_is_kept_in_the_cache(engine):
+    walk = [*["right"] * 2, *["stay"] * 8, *["right"] * 4]
+    with engine.open(prompt=SCENE.prompt, actions=walk) as session:
         kept = []
-        for block in session.stream(len(walk) + 1, decode=False):
+        for block in session.stream(11, decode=False):
             kept.append(session.current.branches[0].cache.frames)
             assert np.isfinite(block.latents.numpy()).all()
-        assert session.current.timeline.sink == (2,)
+        assert session.current.timeline.sink == (2, 3, 4, 5)
         with session.fork() as fork:
             next(fork.stream(1, decode=False))
-            assert fork.current.timeline.sink == (2,)
-    assert kept[6] == (0, 2, 3, 4, 5, 6) and kept[7] == (2, 3, 4, 5, 6, 7) and kept[10] == (2, 6, 7, 8, 9, 10)
+            assert fork.current.timeline.sink == (2, 3, 4, 5)
+        for _ in session.stream(4, decode=False):
+            kept.append(session.current.branches[0].cache.frames)
+    assert kept[6:9] == [(0, 2, 3, 4, 5, 6), (2, 3, 4, 5, 6, 7), (2, 3, 4, 5, 7, 8)]
+    assert kept[11] == (2, 3, 4, 5, 10, 11)
+    assert kept[12:] == [(2, 3, 4, 10, 11, 12), (2, 3, 10, 11, 12, 13), (2, 10, 11, 12, 13, 14)]
 
 
 def test_missing_weights_ask_for_a_new_installation(monkeypatch, tmp_path):

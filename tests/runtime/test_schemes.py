@@ -4,7 +4,6 @@ The dense form of a block: one call over everything it may depend on, every fram
 positions and timestep (`FrameAttention`), repeated for each step.
 """
 
-from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -16,9 +15,10 @@ from inferix.errors import InferixError, UsageError
 from inferix.kernels.attention import attention
 from inferix.kernels.rope import rope_angles, rotate
 from inferix.models.decoder import StreamState
-from inferix.models.registry import PRESETS
+from inferix.models.registry import PRESETS, make_preset
 from inferix.runtime.noise import InjectedNoise
 from inferix.runtime.sampler import Sampler, scheduled_blocks
+from inferix.runtime.sessions.session_manager import narrower
 from inferix.schemes.actions import ActionTrack
 from inferix.schemes.page_needs import page_needs
 from inferix.schemes.timeline import Span, Timeline
@@ -560,22 +560,75 @@ def test_a_scene_cut_is_told_by_its_prefix():
 
 
 def test_the_sink_moves_to_the_place_of_a_rest_as_it_leaves_the_window():
-    preset = replace(PRESETS["tinyworld"], context=replace(PRESETS["tinyworld"].context, rest_sink=True))
-    timeline, seen = Timeline(preset), []
-    track = ActionTrack(("stay", "left"), ["left"] * 7 + ["stay"] * 9 + ["left"] * 2 + ["stay"] * 7)
-    for frame in range(26):
+    """Once the first of its frames leaves the window, which has their places back as the stream moves on."""
+    timeline, seen = Timeline(PRESETS["tinyworld"]), []
+    track = ActionTrack(("stay", "left"), ["stay"] * 8 + ["left"] * 7 + ["stay"] * 9 + ["left"] * 5 + ["stay"] * 7)
+    for frame in range(37):
         timeline.admit()
-        arrival = track.resting_since(frame - 1) if frame else None
-        if arrival is not None:
-            timeline.move_sink(arrival)
+        timeline.follow_rest(track.resting_since(frame - 1))
         seen.append(timeline.visible(frame + 1))
-    assert track.resting_since(0) == 0 and track.resting_since(16) == 7 and track.resting_since(17) is None
-    assert seen[11] == (0, 7, 8, 9, 10, 11)
-    assert seen[12] == (7, 8, 9, 10, 11, 12)
-    assert seen[22] == (7, 18, 19, 20, 21, 22)
-    assert seen[25] == (18, 21, 22, 23, 24, 25)
-    plain = Timeline(PRESETS["tinyworld"])
-    assert not plain.preset.context.rest_sink
+    since = {-1: None, 0: 0, 8: 0, 9: None, 15: None, 16: 15, 24: 15, 25: None}
+    assert {frame: track.resting_since(frame) for frame in since} == since
+    assert seen[5] == tuple(range(6))
+    assert seen[6] == (0, 1, 2, 3, 5, 6)  # the stream begins at rest
+    assert seen[9] == (0, 1, 2, 3, 8, 9)
+    assert seen[10:13] == [(0, 1, 2, 8, 9, 10), (0, 1, 8, 9, 10, 11), (0, 8, 9, 10, 11, 12)]
+    assert seen[19] == (0, 15, 16, 17, 18, 19)
+    assert seen[20] == (15, 16, 17, 18, 19, 20)  # the frame that arrived is the first of the sink
+    assert seen[21] == (15, 16, 17, 18, 20, 21)
+    assert seen[25] == (15, 16, 17, 18, 24, 25)
+    assert seen[26] == (15, 16, 17, 24, 25, 26)
+    assert seen[30] == (15, 26, 27, 28, 29, 30)
+    assert seen[34:36] == [(29, 30, 31, 32, 33, 34), (29, 30, 31, 32, 34, 35)]
+
+
+def test_the_sink_of_a_rest_is_held_again_after_a_single_step():
+    timeline = Timeline(PRESETS["tinyworld"])
+    track = ActionTrack(("stay", "left"), [*["stay"] * 7, "left", *["stay"] * 9])
+    seen, cached = [], set()
+    for frame in range(17):
+        timeline.admit()
+        timeline.follow_rest(track.resting_since(frame - 1))
+        assert cached >= set(timeline.visible(frame + 1)) - {frame}  # only frames that are still in the cache
+        cached = set(timeline.visible(frame + 1))
+        seen.append(timeline.visible(frame + 1))
+    assert seen[8:12] == [(0, 1, 2, 3, 7, 8), (0, 1, 2, 7, 8, 9), (0, 1, 7, 8, 9, 10), (0, 7, 8, 9, 10, 11)]
+    assert seen[12:15] == [(0, 8, 9, 10, 11, 12), (8, 9, 10, 11, 12, 13), (8, 9, 10, 11, 13, 14)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [
+        ({}, 4), ({"local_attn_size": 12}, 10), ({"local_attn_size": 3}, 1), ({"local_attn_size": 2}, 0),
+        ({"local_attn_size": -1}, 0), ({"sink_size": 0, "recache_sink": False}, 0), ({"sink_size": 2}, 0),
+        ({"sink_decay": 0.9}, 0), ({"window_blocks": 2, "prompt_switch": "cut"}, 0),
+        ({"segment_frames": 6, "rebuild_frames": 3}, 0), ({"commit": False, "rebuild_frames": 3}, 0),
+        ({"commit_in_next": True, "prompt_switch": "cut"}, 0), ({"clean_chunk_kvrange": 2}, 0),
+        ({"num_frame_per_block": 2}, 2),
+    ],
+)  # fmt: skip
+def test_a_rest_holds_as_many_frames_as_other_settings_allow(settings, most):
+    assert make_preset("tinyworld", **settings).context.rest_sink == min(4, most)
+    assert make_preset("tinyworld", **settings, rest_sink=0).context.rest_sink == 0
+    if most:
+        assert make_preset("tinyworld", **settings, rest_sink=most).context.rest_sink == most
+    with pytest.raises(UsageError, match=f"rest_sink is {most + 1}"):
+        make_preset("tinyworld", **settings, rest_sink=most + 1)
+
+
+@pytest.mark.parametrize(("window", "sink"), [(5, (0, 1, 2)), (4, (0, 1)), (3, (0,)), (2, (0,))])
+def test_a_narrower_window_holds_less_of_a_rest(window, sink):
+    timeline, track = Timeline(PRESETS["tinyworld"]), ActionTrack(("stay", "left"), ["stay"] * 30)
+    cached = set()
+    for frame in range(20):
+        timeline.preset = narrower(PRESETS["tinyworld"], window) if frame >= 10 else PRESETS["tinyworld"]
+        timeline.admit()
+        timeline.follow_rest(track.resting_since(frame - 1))
+        seen = timeline.visible(frame + 1)
+        assert cached >= set(seen) - {frame}
+        cached = set(seen)
+    assert timeline.sink == sink and seen == (*sink, *range(20 - window + len(sink), 20))
+
 
 
 @torch.no_grad()
