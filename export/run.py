@@ -249,6 +249,9 @@ class Stream:
         span, shape = self.timeline.admit(), tuple(self.plan["size"]["latent"])
         self.timeline.follow_rest(self.actions.resting_since(span.frames.start - 1))
         noise = [normals(self.seed, span.frames, draw, shape) for draw in range(draws)]
+        if (scale := self.plan.preset.sampler.noise_scale) != 1:
+            for frame, part in zip(span.frames, noise[0], strict=True):
+                part *= np.float32(1 if self.actions.rests(frame) else scale)
         return BlockInFlight(span, noise, noise[0])
 
     def commit(self, span: Span, latents: Array, texts: Texts | None = None) -> None:

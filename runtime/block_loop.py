@@ -391,8 +391,12 @@ class BlockLoop:
     def draw(self, state: SessionState, span: Span, draw: int) -> Tensor:
         """Noise [F, C, H, W] of a block: draw 0 at its start, draw s before step s."""
         noise = state.noise.draw(span.index, span.frames, draw, self.latent_shape(state))
-        dtype = latent_dtype(state.preset.sampler, self.resources.dtype)
-        return to_device(noise, self.resources.device, dtype)
+        dtype, scale = latent_dtype(state.preset.sampler, self.resources.dtype), state.preset.sampler.noise_scale
+        noise = to_device(noise, self.resources.device, dtype)
+        if draw == 0 and scale != 1:
+            scales = [1.0 if state.actions.rests(frame) else scale for frame in span.frames]
+            noise = noise * to_device(torch.tensor(scales, dtype=dtype), noise.device)[:, None, None, None]
+        return noise
 
     def latent_shape(self, state: SessionState) -> tuple[int, int, int]:
         """(C, H, W) of a latent frame."""

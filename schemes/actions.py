@@ -49,10 +49,13 @@ class ActionTrack:
 
         Also None for a frame below 0, before the stream, and for models without actions.
         """
-        if frame < 0 or not self.names:
+        if frame < 0 or not self.rests(frame):
             return None
-        run = bisect_right(self.starts, frame) - 1
-        return max(0, self.starts[run] - 1) if self.indices[run] == 0 else None
+        return max(0, self.starts[bisect_right(self.starts, frame) - 1] - 1)
+
+    def rests(self, frame: int) -> bool:
+        """True if a frame has the first action; never for models without actions."""
+        return bool(self.names) and self.of(frame) == 0
 
     def of(self, frame: int) -> int:
         """The number of a frame's action."""

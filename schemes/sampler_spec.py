@@ -54,6 +54,9 @@ class SamplerSpec:
     boundary_ratio: noise level from which on a model's expert for high noise runs, and below it the one for low noise;
     0 for a model of one transformer.
     wide_latents: latents are in float32 or better from step to step, also where the model's dtype is narrower.
+    noise_scale: standard deviation of the noise that a block starts from; 1 is what models are trained with. A little
+    more brings more things into new places, where few steps average them away. Frames at rest (the model's first
+    action) show nothing new and keep 1.
     """
 
     denoising_step_list: tuple[float, ...]
@@ -69,6 +72,7 @@ class SamplerSpec:
     sigma_max: float = 1.0
     table: str = "exact"
     wide_latents: bool = False
+    noise_scale: float = 1.0
 
     def __post_init__(self) -> None:
         steps = self.denoising_step_list
@@ -87,6 +91,8 @@ class SamplerSpec:
             raise UsageError(f"timestep_shift is {self.timestep_shift}; expected a number above 0")
         if not 0 < self.sigma_max <= 1:
             raise UsageError(f"sigma_max is {self.sigma_max}; expected a number above 0, up to 1")
+        if not 0 < self.noise_scale <= 2:
+            raise UsageError(f"noise_scale is {self.noise_scale}; expected a number above 0, up to 2")
         if self.table not in TABLES:
             raise UsageError(f"table is {quoted(self.table)}; expected one of {', '.join(TABLES)}")
         if self.table != "exact" and not self.warp_denoising_step:

@@ -150,10 +150,14 @@ Tensor Network::run_steps(const ScheduledPass& scheduled, const Tensor& noise) {
     return clean;
 }
 
+bool Network::rests(int64_t frame) const {
+    bool acts = !engine_.plan.at("model").at("actions").items().empty();
+    return acts && std::prev(actions.upper_bound(frame))->second == 0;
+}
+
 std::optional<int64_t> Network::resting_since(int64_t frame) const {
-    if (frame < 0 || engine_.plan.at("model").at("actions").items().empty()) return std::nullopt;
+    if (frame < 0 || !rests(frame)) return std::nullopt;
     auto run = std::prev(actions.upper_bound(frame));
-    if (run->second != 0) return std::nullopt;
     while (run != actions.begin() && std::prev(run)->second == 0) --run;
     return std::max<int64_t>(0, run->first - 1);
 }

@@ -38,6 +38,8 @@ class Network {
         const ScheduledPass& scheduled, const Tensor& latents, const std::map<int64_t, const Texts*>& texts_of = {});
     // Run all steps of a block over its noise [draws, F, C, h, w] in one program; returns clean latents.
     Tensor run_steps(const ScheduledPass& scheduled, const Tensor& noise);
+    // True if a frame has the first action; never for models without actions.
+    bool rests(int64_t frame) const;
     // The frame whose place `frame` still shows, as all after it are at rest; none if `frame` has another action or is
     // below 0, and for models without actions.
     std::optional<int64_t> resting_since(int64_t frame) const;

@@ -184,6 +184,13 @@ void Stream::admit(int64_t draws) {
     InFlight made;
     for (int64_t draw = 0; draw < draws; ++draw)
         made.seen.push_back(normals(seed_, block.frames, uint32_t(draw), shape));
+    auto scale = float(engine_->plan.at("preset").at("sampler").at("noise_scale").real());
+    for (size_t index = 0; index < block.frames.size(); ++index) {
+        if (scale == 1 || network_.rests(block.frames[index])) continue;
+        int64_t stride = made.seen[0].stride();
+        auto begin = made.seen[0].data.begin() + int64_t(index) * stride;
+        std::for_each_n(begin, stride, [&](float& value) { value *= scale; });
+    }
     made.latents = made.seen[0];
     progress_.push_back({std::move(block), 0});
     flight_.push_back(std::move(made));

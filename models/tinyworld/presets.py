@@ -12,6 +12,7 @@ PRESET = Preset(
     sampler=SamplerSpec(
         denoising_step_list=(), warp_denoising_step=False, timestep_shift=3.0, context_noise=0.0,
         solver="unipc", num_steps=4, guidance_scale=1.0,
+        noise_scale=1.15,
     ),
     context=ContextPolicy(
         local_attn_size=6, sink_size=1, positions="window-relative", prompt_switch="recache", recache_sink=True,

@@ -189,14 +189,25 @@ class SolverStep(nn.Module):
 
 
 class InitialNoise(nn.Module):
-    """Latents at the start of a block: noise of each session's seed, as `PhiloxNoise` draws it."""
+    """Latents at the start of a block: noise of each session's seed, as `PhiloxNoise` draws it, times `scale`.
 
-    def __init__(self, size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    actions: name of the frames' actions, of which the first, rest, keeps the noise as it is; None for no actions.
+    """
+
+    def __init__(self, size: tuple[int, int, int], dtype: torch.dtype, scale: float, actions: str | None) -> None:
         super().__init__()
-        self.size, self.dtype = size, dtype
+        self.size, self.dtype, self.scale, self.actions = size, dtype, scale, actions
 
     def forward(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"latents": frame_noise(values["frames"], values["noise_key"], self.size, draw=0, dtype=self.dtype)}
+        frames = values["frames"]
+        noise = frame_noise(frames, values["noise_key"], self.size, draw=0, dtype=self.dtype)
+        if self.scale != 1:
+            scales: Tensor | float = self.scale
+            if self.actions is not None:
+                rests = values[self.actions][: len(frames), :, 0].to(self.dtype)
+                scales = torch.where(rests == 1, 1.0, self.scale).to(self.dtype)[:, :, None, None, None]
+            noise = noise * scales
+        return {"latents": noise}
 
 
 @dataclass(frozen=True)
@@ -509,8 +520,13 @@ class BlockGraphBuilder:
 
     def noise(self) -> PassGraph:
         """Graph of the latents that a block starts from."""
-        values = self.noise_values(self.preset.num_frame_per_block)
-        traced = trace("the initial noise", InitialNoise(self.latent, self.latent_dtype), values, device=self.device)
+        frames, scale, actions = self.preset.num_frame_per_block, self.sampler.spec.noise_scale, None
+        values = self.noise_values(frames)
+        if self.spec.action_dim is not None and scale != 1:
+            actions = "block.actions"
+            values.append(Value(actions, Role.INPUT, (self.rows, frames, self.spec.action_dim), self.dtype, When.BLOCK))
+        noise = InitialNoise(self.latent, self.latent_dtype, scale, actions)
+        traced = trace("the initial noise", noise, values, device=self.device)
         return chained("noise", traced)
 
     def noise_values(self, frames: int) -> list[Value]:

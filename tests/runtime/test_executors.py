@@ -22,7 +22,7 @@ from inferix.models.wan.write_checkpoint import random_lora
 from inferix.runtime.config import EngineConfig
 from inferix.runtime.engine import Engine
 from inferix.runtime.execution.executors import GraphExecutor
-from inferix.runtime.noise import InjectedNoise
+from inferix.runtime.noise import InjectedNoise, PhiloxNoise
 from inferix.runtime.programs.warmup import graph_keys
 
 OTHER = ROWS.flip(0) * 1.5
@@ -79,6 +79,24 @@ def test_fused_equals_eager(preset: str, all_steps: bool) -> None:
     assert fused.executor.supports_whole_block == (preset not in PASSWISE)
     assert any(key.whole for key in fused.executor.loaded) == (preset not in PASSWISE)
     assert set(fused.executor.loaded) <= set(graph_keys(fused.spec, fused.preset, SIZE))
+
+
+@pytest.mark.parametrize("acts", [True, False], ids=["actions", "no actions"])
+def test_noise_of_another_scale(acts: bool) -> None:
+    """Of all frames but those at rest; the same in one launch of a block, pass by pass, and as injected noise."""
+    spec = dataclasses.replace(ONE_LAYER, actions=("stay", "left")) if acts else ONE_LAYER
+    settings = {"spec": spec, "num_steps": 2, "noise_scale": 1.5}
+    moves = [False, True, *[False] * 7, True, True]
+    given = {"actions": ["left" if move else "stay" for move in moves[1:]]} if acts else {}
+    eager, fused = (make_engine("tinyworld", executor=name, **settings) for name in ("eager", "fused"))
+    expected, actual = (stream(engine, len(moves), **given) for engine in (eager, fused))
+    assert (actual - expected).abs().max() <= TOLERANCE and any(key.whole for key in fused.executor.loaded)
+    noise = PhiloxNoise(0).draw(0, range(len(moves)), 0, expected.shape[1:]).double()
+    scales = torch.tensor([1.5 if move or not acts else 1.0 for move in moves], dtype=noise.dtype)
+    plain = make_engine("tinyworld", **settings | {"noise_scale": 1})
+    injected = stream(plain, len(moves), noise=InjectedNoise(noise * scales[:, None, None, None]), **given)
+    assert (injected - expected).abs().max() <= TOLERANCE
+    assert (stream(plain, len(moves), **given) - expected).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
