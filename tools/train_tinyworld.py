@@ -1,13 +1,10 @@
 """Train the shipped weights: the autoencoder, a bank of encoded walks, the transformer.
 
     python tools/train_tinyworld.py --out runs/tinyworld
-    python tools/train_tinyworld.py --out runs/tuned --weights models/tinyworld/weights
 
-The first command trains from scratch; the second only trains on the last stage of the transformer, from weights. Every
-stage saves checkpoints and resumes from them, and writes its losses and the hash of its weights. The autoencoder learns
-to encode land that is seen again as the same latents, moved. The transformer learns to denoise each frame beside the
-clean frames before it (teacher forcing). These are blurred by noise, then by its own predictions, and at last come from
-long streams that it made itself (`tinyworld_streams`), so that its errors do not accumulate.
+Every stage saves checkpoints and resumes from them, and writes its losses and the hash of its weights. The autoencoder
+learns to encode land that is seen again as the same latents, moved. The transformer learns to denoise each frame beside
+the clean frames before it (teacher forcing), which are blurred by noise, and then by its own predictions.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Generic, Protocol, TypeVar, cast
+from typing import Annotated, Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -30,7 +27,7 @@ import torch.nn.functional as F
 import typer
 from PIL import Image
 from safetensors.torch import load_file
-from tinyworld_streams import Streams, continued
+from tinyworld_streams import continued
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
@@ -45,7 +42,7 @@ from inferix.models.tinyworld.words import WordEncoder, known_words, word_number
 from inferix.models.tinyworld.world import ACTIONS, FRAMES, Scene
 from inferix.models.wan.checkpoint import SHARD
 from inferix.models.wan.configs import diffusers_config, diffusers_vae_config
-from inferix.models.wan.names import from_format, to_format
+from inferix.models.wan.names import to_format
 from inferix.models.wan.transformer import Block, SelfAttention, WanTransformer
 from inferix.models.wan.vae import (
     CausalConv3d,
@@ -97,13 +94,6 @@ class Recipe:
     own_share: float = 0.4
     rate: float = 1.5e-3
     own_rate: float = 1.1e-3
-    stay_steps: int = 900  # steps of the last stage, of one action's embedding in streams that the network continues
-    stay_rate: float = 3e-3
-    stay_batch: int = 4  # streams in a batch
-    stay_streams: int = 12
-    stay_walks: float = 0.5  # of the streams, that walk between rests; the others rest
-    stay_clips: int = 1  # walks of the bank in a batch, beside the streams
-    stay_firsts: int = 3
     blur: float = 0.3  # largest noise level in the past, which the network takes for clean
     save_every: float = 400.0  # seconds
     sheet_clips: int = 6  # on the sheets of pictures that are drawn whenever training is saved
@@ -112,11 +102,8 @@ class Recipe:
 SHORT = Recipe(
     stills_steps=4, stills_batch=2, vae_steps=8, vae_batch=1, vae_length=1, decoder_steps=4, decoder_batch=1,
     decoder_length=1, bank_clips=4, bank_length=6, bank_firsts=4, window=3, crop=5, batch=2, firsts=2, steps=8,
-    own_steps=4, stay_steps=3, stay_batch=2, stay_streams=2, sheet_clips=1,
+    own_steps=4, sheet_clips=1,
 )  # fmt: skip
-
-
-TUNE = replace(Recipe(), bank_clips=400, bank_firsts=1000)  # from weights: one walk of the bank in a batch
 
 
 def train_vae(folder: Path, recipe: Recipe) -> CausalVae:
@@ -469,8 +456,6 @@ class ClipAttention:
         return tensor.unflatten(1, (-1, self.frames, self.tokens))
 
 
-STREAM_PAST = 2  # frames before a frame, besides the first of its stream, from which on it counts
-
 # Initial attention offsets of a layer's four heads: frames, rows and columns from each token.
 NEAR = (((-1, -1, 0), (-1, 1, 0), (-1, 0, -1), (-1, 0, 1)), ((-1, 0, 0), (-2, 0, 0), (0, 0, 0), (0, 0, 0)))
 
@@ -533,64 +518,10 @@ class TinyWorld(nn.Module):
 
 
 def train_transformer(folder: Path, bank: Bank, vae: CausalVae, recipe: Recipe) -> TinyWorld:
-    """Train with true pasts, blurred by noise, then with pasts that the network predicted, then in its own streams."""
+    """Train with true pasts, blurred by noise, then also with pasts that the network predicted."""
     world = TinyWorld(recipe.window)
     world = train_stage(folder, "world", world, bank, vae, recipe, recipe.steps, recipe.rate)
-    world = train_stage(folder, "own", world, bank, vae, recipe, recipe.own_steps, recipe.own_rate)
-    return train_stay(folder, world, bank, vae, recipe)
-
-
-def train_stay(folder: Path, world: TinyWorld, bank: Bank, vae: CausalVae, recipe: Recipe) -> TinyWorld:
-    """Train the embedding of the action to stay in streams that the network makes itself; walking stays as it is.
-
-    Walks of the bank and first frames, which have this action too, are beside them.
-    """
-    mean, std = (torch.tensor(values)[:, None, None] for values in (bank.mean, bank.std))
-    streams = Streams(
-        lambda pictures: (encode_pictures(vae, pictures) - mean) / std,
-        recipe.stay_streams, recipe.crop, recipe.window, recipe.stay_walks,
-    )  # fmt: skip
-    beside = replace(recipe, batch=recipe.stay_clips, firsts=recipe.stay_firsts)
-
-    def loss() -> tuple[Tensor, dict[str, float]]:
-        held, error = stream_loss(world, streams, recipe)
-        total, figures = world_loss(
-            world, random_batch(bank, beside), random_firsts(bank, beside.firsts), beside,
-            own=random.random() < recipe.own_share,
-        )  # fmt: skip
-        return held + total, figures | {"beside": float(total.detach()), "held": float(held.detach()), "error": error}
-
-    adam = action_optimiser(world, "stay", recipe.stay_rate)
-    run = Run(folder / "stay", world, [adam], recipe.stay_steps, recipe.save_every, streams, warm_up=20)
-    if run.step < run.steps:
-        run.go(loss, lambda: world_sheet(run.average, vae, bank, recipe, folder / "stay.png"))
-    return run.average
-
-
-def action_optimiser(world: TinyWorld, action: str, rate: float) -> torch.optim.Optimizer:
-    """Optimiser of the embedding of one action; all other weights are frozen, so other actions act as before."""
-    world.requires_grad_(False)
-    weight = world.transformer.action_embedding.linear_1.weight
-    weight.requires_grad_(True)
-    trained = torch.tensor([float(name == action) for name in ACTIONS])
-    weight.register_hook(partial(torch.mul, trained))
-    return torch.optim.Adam([weight], rate, betas=(0.9, 0.95))
-
-
-def stream_loss(world: TinyWorld, streams: Streams, recipe: Recipe) -> tuple[Tensor, float]:
-    """Velocity loss of the places of streams that have a target, beside a past that the network made.
-
-    Also returns the mean squared error of that past itself.
-    """
-    past, target, actions, words, places = streams.advance(world, recipe.stay_batch)
-    counts = torch.ones(target.shape[:2], dtype=torch.bool)
-    counts[:, : STREAM_PAST + 1] = False
-    batch = Batch(target, actions, vague(words), counts)
-    error, _ = velocity_error(world, batch, past, recipe.levels, recipe.copies, blur=0.0)
-    mask = places & per_frame(counts)[:, :, 0]
-    wrong = (past - target).square().mean(2)[mask]
-    mask = mask.repeat(1, recipe.copies, 1, 1)
-    return error[mask].sum() / mask.sum().clamp(min=1), float(wrong.mean()) if len(wrong) else 0.0
+    return train_stage(folder, "own", world, bank, vae, recipe, recipe.own_steps, recipe.own_rate)
 
 
 def train_stage(
@@ -695,20 +626,6 @@ def export(folder: Path, vae: CausalVae, world: TinyWorld, bank: Bank) -> None:
     print(f"wrote {folder}, {sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1e6:.1f} MB")
 
 
-def read_weights(folder: Path, recipe: Recipe) -> tuple[CausalVae, TinyWorld]:
-    """Read the files that `export` writes."""
-    config = read_json(folder / "vae" / "config.json")
-    if config is None:
-        raise UsageError(f"--weights is {quoted(str(folder))}, which has no vae/config.json; expected such a folder")
-    vae = CausalVae(replace(VAE, mean=tuple(config["latents_mean"]), std=tuple(config["latents_std"])))
-    world = TinyWorld(recipe.window)
-    vae.load_state_dict(load_file(folder / "vae" / SHARD))
-    raw = load_file(folder / "transformer" / SHARD)
-    world.transformer.load_state_dict({ours: raw[name] for name, ours in from_format("diffusers", (), raw).items()})
-    world.words.load_state_dict(load_file(folder / WORDS_FILE))
-    return vae, world
-
-
 def save_sheet(rows: Tensor, path: Path) -> None:
     """Save pixels in [-1, 1], [H, W, 3], as a picture of twice the size."""
     picture = ((rows.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
@@ -751,33 +668,24 @@ def moving_average(average: Tensor, weight: Tensor, count: Tensor | int) -> Tens
     return average.lerp(weight, 1 - min(0.997, (1 + int(count)) / (10 + int(count))))
 
 
-class Stateful(Protocol):
-    """A part of a run beside its model that is saved with it."""
-
-    def state(self) -> dict[str, Any]: ...
-
-    def load_state(self, saved: dict[str, Any]) -> None: ...
-
-
 REPORT = 20  # steps from one report of the losses to the next
+WARM_UP = 60  # most steps in which the learning rates rise
 
 
 class Run(Generic[Model]):
     """Resumable training loop: model, its moving average, optimisers, step and losses in one file.
 
-    Each step has random numbers of its own, so a run that was stopped goes on as if it had not been. data: saved too.
-    warm_up: most steps in which the learning rates rise.
+    Each step has random numbers of its own, so a run that was stopped goes on as if it had not been.
     """
 
     def __init__(
-        self, folder: Path, model: Model, optimisers: list[torch.optim.Optimizer], steps: int, save_every: float,
-        data: Stateful | None = None, warm_up: int = 60,
-    ) -> None:  # fmt: skip
+        self, folder: Path, model: Model, optimisers: list[torch.optim.Optimizer], steps: int, save_every: float
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.file, self.model, self.optimisers = folder / "run.pt", model, optimisers
         self.steps, self.save_every = steps, save_every
         self.averaged = AveragedModel(model, avg_fn=moving_average)
-        self.data, self.warm_up, self.step = data, warm_up, 0
+        self.step = 0
         self.losses: list[dict[str, float]] = []
         self.sums: dict[str, list[float]] = {}  # figures since the last report
         self.rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
@@ -788,8 +696,6 @@ class Run(Generic[Model]):
             for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
                 optimiser.load_state_dict(state)
             self.step, self.losses, self.sums = saved["step"], saved["losses"], saved["sums"]
-            if data is not None:
-                data.load_state(saved["data"])
 
     @property
     def average(self) -> Model:
@@ -833,7 +739,7 @@ class Run(Generic[Model]):
 
     def set_rates(self) -> None:
         """Set the learning rates: linear warm-up, then cosine decay."""
-        up = min(1.0, (self.step + 1) / min(self.warm_up, 1 + self.steps // 10))
+        up = min(1.0, (self.step + 1) / min(WARM_UP, 1 + self.steps // 10))
         factor = up * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
         for optimiser, rates in zip(self.optimisers, self.rates, strict=True):
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
@@ -849,7 +755,6 @@ class Run(Generic[Model]):
                 "step": self.step,
                 "losses": self.losses,
                 "sums": self.sums,
-                "data": None if self.data is None else self.data.state(),
             },
             part,
         )
@@ -884,18 +789,12 @@ def keep_recipe(folder: Path, recipe: Recipe) -> None:
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the run; a stopped run is resumed.")],
     short: Annotated[bool, typer.Option(help="A few steps of each stage, to test all of it.")] = False,
-    weights: Annotated[Path | None, typer.Option(help="Weights to begin with: only the last stage is trained.")] = None,
 ) -> None:
-    """Train the small world, from scratch or from weights, and write the shipped files."""
+    """Train the small world from scratch, and write the shipped files."""
     torch.manual_seed(0)
     out.mkdir(parents=True, exist_ok=True)
-    recipe = SHORT if short else Recipe() if weights is None else TUNE
+    recipe = SHORT if short else Recipe()
     keep_recipe(out, recipe)
-    if weights is not None:
-        vae, world = read_weights(weights, recipe)
-        bank = load_bank(out, vae, recipe)
-        export(out / "weights", vae, train_stay(out, world, bank, vae, recipe), bank)
-        return
     vae = train_vae(out, recipe)
     bank = load_bank(out, vae, recipe)
     world = train_transformer(out, bank, vae, recipe)
