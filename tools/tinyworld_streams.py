@@ -62,7 +62,8 @@ def continued(world: TinyWorld, past: Tensor, before: Tensor, actions: Tensor, w
         keep(past[:, frame], before[:, frame])
     made = []
     for frame in range(actions.shape[1]):
-        x, solver = torch.randn_like(past[:, 0]), sampler.begin()
+        scale = torch.where(actions[:, frame, 0] == 1, 1.0, sampler.spec.noise_scale)  # 1 for the action to stay
+        x, solver = torch.randn_like(past[:, 0]) * scale[:, None, None, None], sampler.begin()
         for step, timestep in enumerate(sampler.schedule.timesteps):
             velocity = run(x, timestep, actions[:, frame])
             x = solver.advance(x, velocity, step, lambda: torch.empty(0))
