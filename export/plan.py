@@ -20,8 +20,8 @@ from ..schemes.sampler_spec import SOLVERS, SamplerSpec, SolverRules
 from ..user_files import check_reachable, read_json
 
 FORMAT = "inferix-engine"
-FIRST, JOINT, GROUPED = 1, 2, 3  # versions of the file
-VERSIONS = (FIRST, JOINT, GROUPED)  # that are read
+FIRST, JOINT, GROUPED, RESTING = 1, 2, 3, 4  # versions of the file
+VERSIONS = (FIRST, JOINT, GROUPED, RESTING)  # that are read
 FILE, PARAMETERS = "plan.json", "parameters.npz"
 SCHEMA = Path(__file__).parent / "plan.schema.json"
 
@@ -119,6 +119,8 @@ def read_plan(folder: str | Path) -> Plan:
 
 def version_of(preset: Preset, kv_dtype: str, grouped: bool) -> int:
     """Version of the plan of an engine: the lowest whose readers can all play it."""
+    if preset.context.rest_sink or preset.sampler.noise_scale != 1:
+        return RESTING
     if grouped:
         return GROUPED
     return FIRST if kv_dtype == "float32" and preset.window_blocks == 1 else JOINT

@@ -11,7 +11,7 @@
 namespace inferix {
 namespace {
 
-constexpr int first_version = 1, last_version = 3;
+constexpr int first_version = 1, last_version = 4;
 
 void check_files(const Plan& plan) {
     for (const auto& [name, facts] : plan.at("files").object) {

@@ -184,7 +184,7 @@ void Stream::admit(int64_t draws) {
     InFlight made;
     for (int64_t draw = 0; draw < draws; ++draw)
         made.seen.push_back(normals(seed_, block.frames, uint32_t(draw), shape));
-    auto scale = float(engine_->plan.at("preset").at("sampler").at("noise_scale").real());
+    float scale = engine_->policy.noise_scale;
     for (size_t index = 0; index < block.frames.size(); ++index) {
         if (scale == 1 || network_.rests(block.frames[index])) continue;
         int64_t stride = made.seen[0].stride();

@@ -15,7 +15,9 @@ Policy::Policy(const Json& plan) {
     steps = int64_t(sampler.at("timesteps").items().size());
     window = context.at("local_attn_size").integer();
     sink_size = context.at("sink_size").integer();
-    rest_sink = context.at("rest_sink").integer();
+    bool rests = plan.at("version").integer() >= 4;
+    rest_sink = rests ? context.at("rest_sink").integer() : 0;
+    noise_scale = rests ? float(preset.at("sampler").at("noise_scale").real()) : 1;
     shot_offset = context.at("shot_offset").integer();
     blend_blocks = context.at("blend_blocks").integer();
     relative = context.at("positions").string() == "window-relative";

@@ -19,6 +19,7 @@ struct Policy {
     bool single_first, relative, contiguous, moving, commit_sees_sink, recaches, recache_sink, blends, joins;
     bool commit_in_next, clean_null;
     double context_timestep;
+    float noise_scale;                // of noise that a frame starts from, but at rest
     std::vector<int64_t> ranges;      // blocks that a block sees, in equal shares of its steps; empty for the window
     std::vector<double> conditions;   // of each step; empty for networks that take none
 

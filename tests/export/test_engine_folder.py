@@ -287,7 +287,7 @@ def test_plan_fits_its_schema(tmp_path: Path) -> None:
     schema = json.loads(SCHEMA.read_text("utf-8"))
     jsonschema.validate(plan, schema)
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(plan | {"version": 4}, schema)
+        jsonschema.validate(plan | {"version": 5}, schema)
     check = plan["noise"]["check"]
     drawn = normals(check["seed"], [check["frame"]], check["draw"], (2, 2, 2))
     np.testing.assert_array_equal(drawn.ravel(), np.array(check["normals"], np.float32))
@@ -299,8 +299,14 @@ def test_plan_fits_its_schema(tmp_path: Path) -> None:
 def test_only_plans_that_older_readers_cannot_play_have_the_newer_version(tmp_path: Path) -> None:
     plain = make_engine("self-forcing", dtype="float32")
     joint = make_engine("rolling-forcing", dtype="float32", **ROLLING)
-    for version, engine, kv_dtype in ((1, plain, "float32"), (2, plain, "int8"), (2, joint, "float32")):
-        folder = write(engine, tmp_path / f"{engine.preset.name}-{kv_dtype}", kv_dtype=kv_dtype)
+    loud = make_engine("self-forcing", dtype="float32", noise_scale=1.1)
+    world, still = (make_engine("tinyworld", dtype="float32", spec=WORLD, noise_scale=1, **rests) for rests in (
+        {}, {"rest_sink": 0}
+    ))  # fmt: skip
+    cases = [(1, plain, "float32"), (2, plain, "int8"), (2, joint, "float32"), (4, loud, "float32")]
+    cases += [(4, world, "float32"), (1, still, "float32")]
+    for number, (version, engine, kv_dtype) in enumerate(cases):
+        folder = write(engine, tmp_path / str(number), kv_dtype=kv_dtype)
         assert read_plan(folder)["version"] == version
         jsonschema.validate(json.loads((folder / FILE).read_text("utf-8")), json.loads(SCHEMA.read_text("utf-8")))
 
