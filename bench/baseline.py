@@ -48,6 +48,8 @@ def unsupported_reason(preset: Preset) -> str | None:
         return "it has passes over frames at several noise levels"
     if preset.context.positions != "absolute":
         return "positions move with its window"
+    if preset.context.rest_sink:
+        return "its sink moves at rest"
     if preset.context.decoder_zero_start:
         return "its decoder starts from zero caches"
     if branches(preset) > 1:
@@ -262,7 +264,9 @@ class PlainLoop:
 
     def draw(self, span: Span, draw: int) -> Tensor:
         shape = (self.spec.out_channels, *self.spec.latent_size(self.size))
-        return self.noise.draw(span.index, span.frames, draw, shape).to(self.engine.device, self.engine.dtype)
+        noise = self.noise.draw(span.index, span.frames, draw, shape).to(self.engine.device, self.engine.dtype)
+        rests = self.spec.action_dim is not None  # where there are actions, all are the first one
+        return noise if draw or rests else noise * self.sampler.spec.noise_scale
 
     @property
     def cache_bytes(self) -> int:

@@ -333,6 +333,7 @@ def test_settings_are_of_the_engine_or_of_the_preset():
 def test_the_plain_loop_equals_the_engine(preset):
     settings = {"segment_frames": 6} if preset == "causvid" else {}
     settings |= {"local_attn_size": 6, "sink_size": 2} if preset in ("longlive", "self-forcing-framewise") else {}
+    settings |= {"noise_scale": 1.2} if preset == "longlive" else {}
     engine = load("wan-tiny", preset=preset, device="cpu", dtype="float32", **settings)
     rows = random_prompt(engine, 0)
     loop = PlainLoop(engine, rows, 1, (16, 16), run_layer)
@@ -383,6 +384,8 @@ def test_the_plain_loop_gives_a_reason_for_presets_that_it_cannot_run():
     assert "several noise levels" in unsupported_reason(PRESETS["rolling-forcing"])
     assert "positions move" in unsupported_reason(PRESETS["longlive-infinity"])
     assert "guidance" in unsupported_reason(PRESETS["causal-diffusion"])
+    assert "rest" in unsupported_reason(make_preset("tinyworld", positions="absolute"))
+    assert unsupported_reason(make_preset("tinyworld", positions="absolute", rest_sink=0)) is None
 
 
 def test_full_windows_and_their_work():
