@@ -76,14 +76,14 @@ class Timeline:
         """
         policy = self.preset.context
         self.sink = self.sink[: max(policy.sink_size, policy.rest_sink)]  # fewer once the window has become narrower
-        rests = policy.rest_sink > 0 and arrival is not None
-        if rests and len(self.sink) == policy.rest_sink and arrival <= self.sink[0]:
-            return
-        first = self.next_frame - policy.local_attn_size  # the first frame that the newest block does not see
-        if rests and arrival <= first:
-            self.sink = tuple(range(first, first + policy.rest_sink))
-        else:
-            self.sink = self.sink[: max(policy.sink_size, len(self.sink) - self.preset.num_frame_per_block)]
+        first = self.next_frame - policy.local_attn_size  # of the frames that the newest block sees without a sink
+        if policy.rest_sink and arrival is not None:
+            if len(self.sink) == policy.rest_sink and arrival <= self.sink[0]:
+                return
+            if arrival <= first:
+                self.sink = tuple(range(first, first + policy.rest_sink))
+                return
+        self.sink = self.sink[: max(policy.sink_size, len(self.sink) - self.preset.num_frame_per_block)]
 
     def visible(self, end: int) -> tuple[int, ...]:
         """Frames seen by those that end before frame `end`, ascending."""

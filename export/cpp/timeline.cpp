@@ -82,13 +82,15 @@ void Timeline::cut_shot() {
 
 void Timeline::follow_rest(std::optional<int64_t> arrival) {
     auto count = int64_t(sink.size());
-    bool rests = policy.rest_sink > 0 && arrival;
-    if (rests && count == policy.rest_sink && *arrival <= sink.front()) return;
-    int64_t first = next_frame - policy.window;  // the first frame that the newest block does not see
-    if (rests && *arrival <= first)
-        sink = range(first, first + policy.rest_sink);
-    else
-        sink.resize(size_t(std::max(policy.sink_size, count - policy.block)));
+    int64_t first = next_frame - policy.window;  // of the frames that the newest block sees without a sink
+    if (policy.rest_sink > 0 && arrival) {
+        if (count == policy.rest_sink && *arrival <= sink.front()) return;
+        if (*arrival <= first) {
+            sink = range(first, first + policy.rest_sink);
+            return;
+        }
+    }
+    sink.resize(size_t(std::max(policy.sink_size, count - policy.block)));
 }
 
 Frames Timeline::visible(int64_t end) const {
