@@ -76,7 +76,7 @@ class Timeline:
         """
         policy = self.preset.context
         self.sink = self.sink[: max(policy.sink_size, policy.rest_sink)]  # fewer once the window has become narrower
-        first = self.next_frame - policy.local_attn_size  # of the frames that the newest block sees without a sink
+        first = self.next_frame - policy.local_attn_size  # that the newest block would see without a sink
         if policy.rest_sink and arrival is not None:
             if len(self.sink) == policy.rest_sink and arrival <= self.sink[0]:
                 return

@@ -82,7 +82,7 @@ void Timeline::cut_shot() {
 
 void Timeline::follow_rest(std::optional<int64_t> arrival) {
     auto count = int64_t(sink.size());
-    int64_t first = next_frame - policy.window;  // of the frames that the newest block sees without a sink
+    int64_t first = next_frame - policy.window;  // that the newest block would see without a sink
     if (policy.rest_sink > 0 && arrival) {
         if (count == policy.rest_sink && *arrival <= sink.front()) return;
         if (*arrival <= first) {
