@@ -235,8 +235,8 @@ class ContextPolicy:
             raise UsageError(
                 f"rest_sink is {self.rest_sink}; expected 0{f', or {self.sink_size} to {most}' if most else ''}: it "
                 f"needs a window that ends, of {self.rest_sink} frames and two blocks of {frames}, and a sink of 1 to "
-                f"{frames} frames, without sink_decay, shot_offset, window_blocks, segment_frames, commit=false, "
-                "commit_in_next or ranges of keys"
+                f"{frames} frames, without sink_decay, shot_offset, window_blocks, commit_in_next, a recomputed "
+                "context or ranges of keys"
             )
         if self.segment_frames and self.segment_frames < self.rebuild_frames + frames:
             raise UsageError(
